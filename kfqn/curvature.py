@@ -1,0 +1,70 @@
+"""Statistics of A and of G for one layer and one mini-batch of m data.
+
+Scales, the usual source of wrong factors: A is a mean over the data and a SUM over the
+locations T; ā, h̄ and Dh̄ are means over both (`docs/decisions.md`, 4 and 5).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kfqn.layers import Layer
+
+_BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
+
+
+def mean_activation(layer: Layer, a: Tensor) -> Tensor:
+    """ā = E_n[1/|T| Σ_t a_t(n)], (C,), below eq. (12), for the layer's input ``a``.
+
+    Taking the mean over the data first leaves one datum's work.
+    """
+    ones = a.new_ones(1, *layer.locations(a))
+    return layer.weighted_sum(a.mean(0, keepdim=True), ones) / ones.numel()
+
+
+def second_moment_matvec(layer: Layer, a: Tensor, v: Tensor) -> Tensor:
+    """A v = E_n[Σ_t (a_t(n)ᵀ v) a_t(n)], (C,), eq. (13), without forming A or any a_t."""
+    return layer.weighted_sum(a, layer.inner(a, v)) / len(a)
+
+
+def second_moment(layer: Layer, a: Tensor) -> Tensor:
+    """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (C, C), eq. (8): dense, O(m|T|C²), for the start only.
+
+    The a_t are written out for a few data at a time, so memory stays bounded.
+    """
+    A = a.new_zeros(layer.columns, layer.columns)
+    data = max(1, _BLOCK // (math.prod(layer.locations(a)) * layer.columns))
+    for block in a.split(data):
+        at = layer.patches(block).flatten(0, 1)
+        A.addmm_(at.T, at)
+    return A / len(a)
+
+
+def damped_inverse(A: Tensor, damping: float) -> Tensor:
+    """(A + λ_A I)⁻¹ for a positive semi-definite A (Algorithm 2, line 2).
+
+    By Cholesky factorisation, in float64 where the device has it, because A's condition
+    costs digits and this is done once. Raises ValueError if A is not finite.
+    """
+    exact = A.to(torch.float32 if A.device.type == "mps" else torch.float64)
+    exact.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(exact)
+    if not A.isfinite().all() or info != 0:
+        raise ValueError("A is not finite and positive")
+    return torch.cholesky_inverse(factor).to(A.dtype)
+
+
+def mean_preactivation(h: Tensor) -> Tensor:
+    """h̄ = E_n[1/|T| Σ_t h_t(n)], (I,), the mean that eq. (10) subtracts; ``h`` is (m, I, *T)."""
+    return h.mean([d for d in range(h.ndim) if d != 1])
+
+
+def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
+    """Dh̄ = E_n[1/|T| Σ_t Dh_t(n)], (I,), the mean that eq. (11) subtracts.
+
+    ``gradient`` (m, I, *T) is autograd's, of a loss that is a mean over the batch; Dh
+    belongs to one datum's loss, hence the factor m (`docs/decisions.md`, 3).
+    """
+    m = len(gradient)
+    return m * gradient.mean([d for d in range(gradient.ndim) if d != 1])

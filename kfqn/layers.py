@@ -1,0 +1,281 @@
+"""A layer as the paper sees it: one matrix W acting on the vectors a_t.
+
+Notation (section 2). A module with I outputs has W = [weight | bias] of shape (I, C);
+C = J|Δ| for J inputs and |Δ| filter offsets, plus one for the homogeneous coordinate if
+there is a bias. For a batch of m data its input becomes the vectors a_t(n) of length C,
+one for every datum n and location t ∈ T, and its output is h_t = W a_t, eq. (1). For a
+`Linear` layer |Δ| = |T| = 1.
+
+Each class turns an input tensor into those vectors without ever storing them: the two
+products with all a_t that the method needs (`inner`, `weighted_sum`) cost about as much
+as reading the input. Only `patches` writes them out.
+"""
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class Layer(ABC):
+    """A module with weight and bias, as one matrix W of shape (`rows`, `columns`)."""
+
+    module: nn.Linear | Convolution
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"'{self.name}' ({type(self.module).__name__})"
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's weight; its optimizer state stands for the whole layer."""
+        return self.module.weight
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Weight, and bias if there is one."""
+        return list(self.module.parameters(recurse=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What statistics and factors are kept in: the weight's type, at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def rows(self) -> int:
+        """I."""
+        return self.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """C = J|Δ|, plus one with a bias."""
+        return self.weight[0].numel() + (self.module.bias is not None)
+
+    def W(self) -> Tensor:
+        """The parameters as one matrix (I, C)."""
+        return self._matrix(self.weight, self.module.bias)
+
+    def DW(self) -> Tensor | None:
+        """The gradients as one matrix (I, C), on the scale of ``.grad``; None without any."""
+        bias = self.module.bias
+        if self.weight.grad is None or (bias is not None and bias.grad is None):
+            return None
+        return self._matrix(self.weight.grad, None if bias is None else bias.grad)
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        columns = [weight.flatten(1)] + ([] if bias is None else [bias[:, None]])
+        return torch.cat(columns, dim=1).to(self.dtype)
+
+    def add_(self, P: Tensor, alpha: float) -> None:
+        """W += alpha P in place, for P of shape (I, C)."""
+        size = self.weight[0].numel()
+        self.weight.add_(P[:, :size].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
+        if self.module.bias is not None:
+            self.module.bias.add_(P[:, size].to(self.module.bias.dtype), alpha=alpha)
+
+    @abstractmethod
+    def check_input(self, a: Tensor) -> None:
+        """Raise ValueError for an input that is not a batch of what the layer takes."""
+
+    @abstractmethod
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        """The shape of T for an input of this size; () where |T| = 1 by nature."""
+
+    @abstractmethod
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        """a_t(n)ᵀ v for every n and t, (m, *T), for ``v`` of shape (C,)."""
+
+    @abstractmethod
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        """Σ_n Σ_t u_t(n) a_t(n), (C,), for weights ``u`` of shape (m, *T): the adjoint of `inner`."""
+
+    @abstractmethod
+    def patches(self, a: Tensor) -> Tensor:
+        """The vectors a_t(n) themselves, (m, |T|, C)."""
+
+
+@final
+class LinearLayer(Layer):
+    """`torch.nn.Linear` on an input of shape (m, J): one location."""
+
+    module: nn.Linear
+
+    def __init__(self, name: str, module: nn.Linear) -> None:
+        super().__init__(name, module)
+        self.module = module
+
+    def check_input(self, a: Tensor) -> None:
+        if a.ndim != 2:
+            raise ValueError(
+                f"{self} takes inputs of shape (batch, features) here, but got {tuple(a.shape)}: "
+                "flatten the other dimensions into the batch before the layer."
+            )
+
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        return ()
+
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        if self.module.bias is None:
+            return a @ v
+        return a @ v[:-1] + v[-1]
+
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        if self.module.bias is None:
+            return u @ a
+        return torch.cat((u @ a, u.sum()[None]))
+
+    def patches(self, a: Tensor) -> Tensor:
+        return _with_ones(a[:, None, :], self.module)
+
+
+@final
+class ConvolutionLayer(Layer):
+    """`torch.nn.Conv1d`, `Conv2d` or `Conv3d` with groups = 1, on a batch of J-channel inputs.
+
+    The offset δ_k of a filter sees a strided window of the padded input; `inner` mixes
+    the channels first, with one product of size |Δ| × J, and then adds the |Δ| windows of
+    the result, and `weighted_sum` goes the same way back.
+    """
+
+    module: Convolution
+
+    def __init__(self, name: str, module: Convolution) -> None:
+        super().__init__(name, module)
+        self.module = module
+        self.offsets = math.prod(module.kernel_size)  # |Δ|
+        self.pad = list(_pad(module))
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+
+    def check_input(self, a: Tensor) -> None:
+        expected = 2 + len(self.module.kernel_size)
+        if a.ndim != expected:
+            raise ValueError(
+                f"{self} takes inputs of {expected} dimensions, (batch, channels, locations), here, "
+                f"but got {tuple(a.shape)}: add the batch dimension with x[None]."
+            )
+
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        m = self.module
+        sizes = [size + self.pad[-2 * i - 1] + self.pad[-2 * i - 2] for i, size in enumerate(a.shape[2:])]
+        return tuple(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(sizes, m.kernel_size, m.stride, m.dilation, strict=True)
+        )
+
+    def _windows(self, T: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+        """For each offset δ_k, where the padded input meets it as t runs over T."""
+        m = self.module
+        for k in itertools.product(*map(range, m.kernel_size)):
+            yield tuple(
+                slice(ki * d, ki * d + (size - 1) * s + 1, s)
+                for ki, size, s, d in zip(k, T, m.stride, m.dilation, strict=True)
+            )
+
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        T = self.locations(a)
+        filters = v[: self.weight[0].numel()].view(-1, self.offsets).T
+        z = (filters @ a.flatten(2)).unflatten(2, a.shape[2:])  # (m, |Δ|, *locations of a)
+        z = F.pad(z, self.pad, self.mode)
+        u = functools.reduce(torch.add, (z[:, k][:, *window] for k, window in enumerate(self._windows(T))))
+        return u if self.module.bias is None else u + v[-1]
+
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        if self.mode != "constant":
+            a = F.pad(a, self.pad, self.mode)
+        pad = self.pad if self.mode == "constant" else [0] * len(self.pad)
+        size = [n + pad[-2 * i - 1] + pad[-2 * i - 2] for i, n in enumerate(a.shape[2:])]
+        z = u.new_zeros(len(u), self.offsets, *size)
+        for k, window in enumerate(self._windows(tuple(u.shape[1:]))):
+            z[:, k][:, *window] = u
+        z = F.pad(z, [-p for p in pad])  # what falls on zeros counts for nothing
+        sums = (z.flatten(2) @ a.flatten(2).mT).sum(0).T.flatten()
+        return sums if self.module.bias is None else torch.cat((sums, u.sum()[None]))
+
+    def patches(self, a: Tensor) -> Tensor:
+        T = self.locations(a)
+        a = F.pad(a, self.pad, self.mode)
+        windows = [a[:, :, *window].flatten(2) for window in self._windows(T)]
+        return _with_ones(torch.stack(windows, dim=2).flatten(1, 2).mT, self.module)
+
+
+def _pad(module: Convolution) -> Iterator[int]:
+    """The module's padding in the order of `torch.nn.functional.pad`: last dimension first."""
+    for i in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[i] * (module.kernel_size[i] - 1)
+            yield from (total // 2, total - total // 2)
+        elif module.padding == "valid":
+            yield from (0, 0)
+        else:
+            yield from (int(module.padding[i]),) * 2
+
+
+def _with_ones(rows: Tensor, module: nn.Linear | Convolution) -> Tensor:
+    if module.bias is None:
+        return rows
+    return torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The trainable layers of a model, in the order of its modules; a frozen layer is left out.
+
+    Raises ValueError, naming the module, for a trainable parameter that belongs to no
+    supported layer, a layer frozen by half, a tied weight, an uninitialised lazy module,
+    and a model with no trainable layer at all.
+    """
+    layers: list[Layer] = []
+    owner: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        trainable = [key for key, p in own.items() if p.requires_grad]
+        if not trainable:
+            continue
+        where = f"'{name or 'the model itself'}' ({type(module).__name__})"
+        if any(is_lazy(p) for p in own.values()):
+            raise ValueError(f"{where} has no shape yet: run one batch through the model first.")
+        for key in trainable:
+            if own[key] in owner:
+                raise ValueError(
+                    f"{where} shares its {key} with '{owner[own[key]]}', and tied weights are not "
+                    "supported yet: give each its own, or freeze it with requires_grad_(False)."
+                )
+            owner[own[key]] = name
+        layer = _layer(name, module)
+        if layer is None:
+            raise ValueError(
+                f"{where} has a trainable {trainable[0]} that cannot be preconditioned yet (only "
+                "Linear and ungrouped Conv1d, Conv2d and Conv3d can): freeze it with "
+                "requires_grad_(False), or take it out of the model."
+            )
+        if len(trainable) < len(own):
+            raise ValueError(
+                f"{where} has a trainable {trainable[0]} beside a frozen parameter, and the two form "
+                "one matrix here: freeze both or neither."
+            )
+        layers.append(layer)
+    if not layers:
+        raise ValueError(
+            "the model has no trainable Linear, Conv1d, Conv2d or Conv3d layer, so there is nothing "
+            "to precondition: use a torch.optim optimizer for it."
+        )
+    return layers
+
+
+def _layer(name: str, module: nn.Module) -> Layer | None:
+    # Exact types: a subclass may compute something else from the same parameters.
+    if type(module) is nn.Linear:
+        return LinearLayer(name, module)
+    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        assert isinstance(module, Convolution)
+        return ConvolutionLayer(name, module) if module.groups == 1 else None
+    return None

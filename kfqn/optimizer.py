@@ -1,0 +1,208 @@
+"""The step with two passes over one mini-batch, which every method here shares.
+
+What differs between the methods is left to four holes: the state a layer starts with,
+the direction, and what is learnt of A and of G.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfqn.capture import Seen, capture
+from kfqn.curvature import second_moment
+from kfqn.layers import Layer, layers_of
+from kfqn.second_pass import random_state, second_pass, unmoved_buffers
+
+State = dict[str, Tensor]
+Group = dict[str, Any]
+
+
+class TwoPassOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer that looks at each mini-batch before and after its step.
+
+    State is kept per layer, under the layer's weight, in the layer's `dtype` (at least
+    float32). Scalars stay tensors: no step waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, defaults: Group) -> None:
+        self._model = model
+        self._layers = layers_of(model)
+        super().__init__([p for layer in self._layers for p in layer.parameters()], defaults)
+
+    @abstractmethod
+    def _start(self, layer: Layer, A: Tensor, group: Group) -> State:
+        """The layer's state before its first step, from A = E_n[Σ_t a_t a_tᵀ], (C, C)."""
+
+    @abstractmethod
+    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
+        """P in W ← W − α P, (I, C), from the mini-batch gradient ``DW`` (I, C)."""
+
+    @abstractmethod
+    def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:
+        """Take in the layer's input ``a`` of the first pass, after the step."""
+
+    @abstractmethod
+    def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
+        """Take in how h̄ and Dh̄, (I,), changed from the first to the second pass."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """One step: a pass, the update of the weights, a second pass, the update of curvature.
+
+        ``closure`` clears the gradients, computes the loss as a mean over the batch,
+        calls ``backward`` and returns the loss. It is called twice, must use the same
+        batch both times, and draw its random numbers from torch; the second call leaves no
+        trace in the model (`kfqn.second_pass`). A layer that the batch gives no gradient
+        is left as it is.
+
+        Returns the loss of the first call. Raises TypeError for a closure that is missing
+        or returns no tensor, RuntimeError if no layer ran or none got a gradient, and
+        ValueError for an input of the wrong kind; weights and state are then as before.
+        """
+        if not callable(closure):
+            raise TypeError(
+                f"{self._name}.step needs a closure that clears the gradients, computes the loss, "
+                "calls backward and returns the loss, because it runs two passes over each batch."
+            )
+        rewind = random_state({layer.weight.device for layer in self._layers})
+        with torch.enable_grad(), capture(self._layers, inputs=True) as before:
+            loss = closure()
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"the closure given to {self._name}.step must return the loss as a tensor, but "
+                f"returned {type(loss).__name__}: end it with 'return loss'."
+            )
+        gradients = self._gradients(before)
+        starting = [layer for layer in gradients if layer.weight not in self.state]
+        self._start_layers({layer: second_moment(layer, before[layer].input()) for layer in starting})
+
+        for layer, DW in gradients.items():  # Algorithm 2, lines 6-9
+            group = self._group(layer)
+            layer.add_(self._direction(DW, self.state[layer.weight], group), alpha=-group["lr"])
+        for layer in gradients:  # lines 12-14; the pair is the first pass's, so its inputs can go
+            self._learn_A(layer, before[layer].input(), self.state[layer.weight], self._group(layer))
+            before[layer].a = None
+        with second_pass(self._model, rewind), torch.enable_grad():  # line 10
+            with capture(self._layers, inputs=False) as after:
+                closure()
+        for layer in gradients:  # lines 15-18
+            old, new = before[layer], after.get(layer)
+            if old.Dh is not None and new is not None and new.Dh is not None:
+                state, group = self.state[layer.weight], self._group(layer)
+                self._learn_G(new.h - old.h, new.Dh - old.Dh, state, group)
+        return loss
+
+    @torch.no_grad()
+    def warm_start(self, batches: Iterable[Any]) -> None:
+        """Start every layer from the mean of A over ``batches`` (Algorithm 2, line 2).
+
+        ``batches`` yields inputs of the model: a tensor, or a tuple or list of positional
+        arguments, the batch in the first dimension. The model runs forward in the mode
+        it is in; its buffers, BatchNorm's running statistics among them, do not move. Any
+        earlier state of the optimizer is dropped. Without a warm start, A comes from the first
+        mini-batch.
+
+        Raises ValueError without batches, and RuntimeError if no layer ran; state is
+        then as it was.
+        """
+        sums: dict[Layer, Tensor] = {}
+        data: dict[Layer, int] = {}
+        count = 0
+        with unmoved_buffers(self._model):
+            for batch in batches:
+                count += 1
+                arguments = batch if isinstance(batch, tuple | list) else (batch,)
+                with torch.enable_grad(), capture(self._layers, inputs=True) as seen:
+                    self._model(*arguments)
+                for layer, record in seen.items():
+                    a = record.input()
+                    A = second_moment(layer, a).mul_(len(a))
+                    sums[layer] = sums[layer].add_(A) if layer in sums else A
+                    data[layer] = data.get(layer, 0) + len(a)
+        if count == 0:
+            raise ValueError(
+                "warm_start got no batches: give an iterable of model inputs, and a new one each time "
+                "(a generator yields nothing twice)."
+            )
+        if not sums:
+            raise RuntimeError(self._nothing_ran)
+        self._start_layers({layer: A.div_(data[layer]) for layer, A in sums.items()})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state saved by `state_dict`: copied, and in each layer's own `dtype`.
+
+        torch would cast the factors to the weight's type, which loses half their digits for
+        a bfloat16 weight, and would share their memory with ``state_dict``.
+        """
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        layers = {layer.weight: layer for layer in self._layers}
+        for i, p in zip(saved, parameters, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                self.state[p][key] = value.to(p.device, layers[p].dtype, copy=True)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Refused once the optimizer stands: its layers come from the model."""
+        if self.param_groups:
+            raise ValueError(
+                f"{self._name} takes its layers from the model it is given, so a parameter group "
+                "cannot be added: build a new optimizer after the model has changed."
+            )
+        super().add_param_group(param_group)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _nothing_ran(self) -> str:
+        return (
+            f"{self._name} saw no forward pass through any of its {len(self._layers)} layers, the first "
+            f"being {self._layers[0]}: run the very model the optimizer was built with, and if it is "
+            "compiled, build the optimizer first or call torch._dynamo.reset()."
+        )
+
+    def _group(self, layer: Layer) -> Group:
+        return next(g for g in self.param_groups if any(p is layer.weight for p in g["params"]))
+
+    def _gradients(self, seen: dict[Layer, Seen]) -> dict[Layer, Tensor]:
+        """DW of every layer that ran and got a gradient, L2 included."""
+        if not seen:
+            raise RuntimeError(self._nothing_ran)
+        gradients: dict[Layer, Tensor] = {}
+        for layer in seen:
+            DW = layer.DW()
+            if DW is not None and seen[layer].Dh is not None:
+                gradients[layer] = DW.add_(layer.W(), alpha=self._group(layer)["weight_decay"])
+        if not gradients:
+            raise RuntimeError(
+                f"the closure given to {self._name}.step left no gradient on any layer: call "
+                "loss.backward() inside it, on a loss that depends on the model."
+            )
+        return gradients
+
+    def _start_layers(self, A: dict[Layer, Tensor]) -> None:
+        """Line 2 of Algorithm 2 for the given layers: all of them, or on an error none."""
+        states: dict[Layer, State] = {}
+        for layer in A:
+            try:
+                states[layer] = self._start(layer, A[layer], self._group(layer))
+            except ValueError as error:
+                raise ValueError(
+                    f"{layer} cannot start, because {error}: look for NaN, infinite or huge values in "
+                    "what comes into it."
+                ) from None
+        for layer, state in states.items():
+            self.state[layer.weight] = state
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False) -> None:
+    """Raise ValueError unless low < value < high, or low ≤ value < high if ``closed``."""
+    if not (low <= value < high if closed else low < value < high):
+        bounds = f"{'>=' if closed else '>'} {low:g}" + ("" if high == math.inf else f" and < {high:g}")
+        raise ValueError(f"{name} must be {bounds}, got {value}.")

@@ -1,0 +1,73 @@
+"""Secant pairs (s, y): damping them, and keeping an H with H y = s, dense or from a history.
+
+B is the symmetric matrix whose inverse H approximates; a pair samples its action,
+y ≈ B s. Nothing here knows of networks, and no function reads a scalar back to the
+host: what may be used is decided by ``torch.where``.
+"""
+
+import torch
+from torch import Tensor
+
+
+def double_damping(s: Tensor, y: Tensor, Hy: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, D_P D_LM: make the pair (s, y) safe for a BFGS update of H.
+
+    ``s``, ``y`` and ``Hy`` = H @ y are vectors of one length. However negative sᵀy
+    came in, the result (s̃, ỹ) has s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ (section 3.1). Needs 0 < μ₁ < 1
+    and μ₂ > 0. A zero y is left alone (θ₁ = 1), never divided by.
+    """
+    sy, yHy = s @ y, y @ Hy
+    theta = torch.where(sy < mu1 * yHy, (1 - mu1) * yHy / (yHy - sy), 1.0)  # lines 2-6
+    s = theta * s + (1 - theta) * Hy  # line 7, Powell
+    y = y + mu2 * s  # line 8, Levenberg-Marquardt
+    return s, y
+
+
+def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Update the symmetric H in place so that H y = s, eq. (9); say whether it was done.
+
+    With u = ρ (½ (1 + ρ yᵀHy) s − Hy), eq. (9) reads H⁺ = H + s uᵀ + u sᵀ: one pass over
+    H, and ρ² is never formed (it overflows in float32 for pairs that are merely small).
+
+    Returns a boolean scalar tensor: False, and H is untouched, unless sᵀy is positive
+    and the whole update finite.
+    """
+    sy, Hy = s @ y, H @ y
+    u = ((1 + (y @ Hy) / sy) / 2 * s - Hy) / sy
+    usable = (sy > 0) & sy.isfinite() & s.isfinite().all() & u.isfinite().all()
+    s, u = torch.where(usable, s, 0.0), torch.where(usable, u, 0.0)
+    H.addmm_(torch.stack((s, u), dim=1), torch.stack((u, s)))
+    return usable
+
+
+def lbfgs_push_(S: Tensor, Y: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """Append a pair to the history in place, dropping the oldest; say whether it was done.
+
+    ``S`` and ``Y`` hold p pairs as rows, (p, I), the newest last; a row of zeros is a
+    place not yet filled.
+
+    Returns a boolean scalar tensor: False, and the history is untouched, unless sᵀy is
+    positive and the pair finite.
+    """
+    sy = s @ y
+    usable = (sy > 0) & sy.isfinite() & s.isfinite().all() & y.isfinite().all()
+    S.copy_(torch.where(usable, torch.cat((S[1:], s[None])), S))
+    Y.copy_(torch.where(usable, torch.cat((Y[1:], y[None])), Y))
+    return usable
+
+
+def lbfgs_matmul(S: Tensor, Y: Tensor, V: Tensor) -> Tensor:
+    """H V for the H that the pairs in the history make from H₀ = I by eq. (14), without forming it.
+
+    The compact representation (Byrd, Nocedal and Schnabel 1994, theorem 2.2, γ = 1), as
+    section 3.4 asks, because V is a matrix. ``S`` and ``Y`` (p, I) as `lbfgs_push_` keeps
+    them, ``V`` (I, C); O(pIC + p²C) operations.
+    """
+    SY = S @ Y.T
+    filled = SY.diagonal() > 0
+    D = torch.where(filled, SY.diagonal(), 1.0)
+    R = SY.triu(1) + D.diag()  # an unfilled row becomes a row of I, and takes no part
+    RSV = torch.linalg.solve_triangular(R, S @ V, upper=True)  # R⁻¹ S V
+    middle = D[:, None] * RSV + Y @ (Y.T @ RSV) - Y @ V
+    correction: Tensor = S.T @ torch.linalg.solve_triangular(R.T, middle, upper=False) - Y.T @ RSV
+    return V + correction

@@ -1,0 +1,70 @@
+"""A forward-backward pass that leaves no trace in the model, for lines 10 of Algorithm 2."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Rewind = Callable[[], None]
+
+
+def random_state(devices: Iterable[torch.device]) -> Rewind:
+    """Remember torch's random state on the CPU and on ``devices``; the result puts it back."""
+    cpu = torch.get_rng_state()
+    states = {
+        device: torch.get_device_module(device).get_rng_state(device)
+        for device in devices
+        if device.type != "cpu"
+    }
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in states.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    return rewind
+
+
+@contextlib.contextmanager
+def second_pass(model: nn.Module, rewind: Rewind) -> Iterator[None]:
+    """Run another pass over the same batch as if it had never been run.
+
+    Inside, ``rewind`` has put the random state back to where the first pass started, so
+    dropout draws the same mask; no parameter requires a gradient, so none is computed for
+    weights; and every ``.grad`` is None. Afterwards ``.grad``, buffers (the running
+    statistics of BatchNorm among them) and the random state are what they were before,
+    also when the pass fails. Buffers are copied, parameters are not.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in parameters]
+    advance = random_state({p.device for p in parameters})
+    with unmoved_buffers(model):
+        try:
+            for p in parameters:
+                p.requires_grad_(False)
+                p.grad = None
+            rewind()
+            yield
+        finally:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.requires_grad_(True)
+                p.grad = gradient
+            advance()
+
+
+@contextlib.contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer of the model back afterwards: the same tensor with the same content."""
+    before: list[tuple[nn.Module, str, Tensor, Tensor]] = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, content in before:
+                setattr(module, name, buffer)
+                buffer.copy_(content)

@@ -1,0 +1,78 @@
+"""Layers and networks the tests run over: name -> maker, with an input that fits."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    make: type
+    arguments: tuple
+    options: dict
+    shape: tuple  # of one input, without the batch
+
+    def __call__(self):
+        return self.make(*self.arguments, **self.options)
+
+
+LAYERS = {
+    "linear": LayerCase(nn.Linear, (4, 3), {}, (4,)),
+    "linear, no bias": LayerCase(nn.Linear, (4, 3), {"bias": False}, (4,)),
+    "conv": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1}, (2, 4, 5)),
+    "conv, no bias": LayerCase(nn.Conv2d, (2, 3, 3), {"bias": False}, (2, 4, 5)),
+    "conv 1x1": LayerCase(nn.Conv2d, (3, 2, 1), {}, (3, 3, 2)),
+    "conv, one location": LayerCase(nn.Conv2d, (2, 3, 3), {}, (2, 3, 3)),
+    "conv, stride 2": LayerCase(nn.Conv2d, (2, 3, 3), {"stride": 2, "padding": 1}, (2, 5, 4)),
+    "conv, stride leaves a rest": LayerCase(nn.Conv2d, (2, 2, 2), {"stride": 3}, (2, 7, 6)),
+    "conv, dilation": LayerCase(nn.Conv2d, (2, 3, 3), {"dilation": 2, "padding": 2}, (2, 5, 6)),
+    "conv, all uneven": LayerCase(
+        nn.Conv2d, (2, 3, (3, 2)), {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}, (2, 6, 5)
+    ),
+    "conv, same, even kernel": LayerCase(nn.Conv2d, (2, 3, (2, 4)), {"padding": "same"}, (2, 5, 5)),
+    "conv, valid": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": "valid"}, (2, 4, 5)),
+    "conv, circular": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1, "padding_mode": "circular"}, (2, 4, 5)),
+    "conv, reflect": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1, "padding_mode": "reflect"}, (2, 4, 5)),
+    "conv, replicate": LayerCase(
+        nn.Conv2d, (2, 3, 3), {"padding": 2, "padding_mode": "replicate", "stride": 2}, (2, 4, 5)
+    ),
+    "conv1d": LayerCase(nn.Conv1d, (2, 3, 3), {"padding": 1, "stride": 2}, (2, 7)),
+    "conv3d": LayerCase(nn.Conv3d, (2, 2, 2), {"padding": 1}, (2, 2, 3, 2)),
+}
+
+
+def odd_cnn():
+    """Stride 2, dilation, no bias, 1×1, in-place ReLU and a Linear head; input (2, 6, 6)."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(3, 4, 3, padding=2, dilation=2, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 3, 1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 3),
+    )
+
+
+def mlp():
+    """Two Linear layers, the first without a bias; input (5,)."""
+    return nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batches(shape, count, size=4, classes=3, dtype=None):
+    """``count`` random labelled batches; the last one is smaller."""
+    sizes = [size] * (count - 1) + [size - 1]
+    return [(torch.randn(n, *shape, dtype=dtype), torch.randint(classes, (n,))) for n in sizes]
+
+
+def closure(model, optimizer, x, target, loss_fn=F.cross_entropy):
+    def evaluate():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), target)
+        loss.backward()
+        return loss
+
+    return evaluate

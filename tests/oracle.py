@@ -1,0 +1,160 @@
+"""The paper once more, slow and dense, with loops: what the package is checked against.
+
+Nothing here is imported from kfqn. A network is a list of modules; its trainable ones are
+replaced by the matrix W times the vectors a_t of eq. (1).
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def vectors(module, a):
+    """a_t(n) for one layer, (m, |T|, C), and the shape of T; entry by entry."""
+    one = [] if module.bias is None else [1.0]
+    if isinstance(module, nn.Linear):
+        return torch.stack([torch.stack([torch.cat((an, an.new_tensor(one)))]) for an in a]), ()
+    k, s, d = module.kernel_size, module.stride, module.dilation
+    if module.padding == "same":
+        totals = [di * (ki - 1) for ki, di in zip(k, d, strict=True)]
+        pad = [(t // 2, t - t // 2) for t in totals]
+    elif module.padding == "valid":
+        pad = [(0, 0) for _ in k]
+    else:
+        pad = [(p, p) for p in module.padding]
+    mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
+    a = F.pad(a, [p for pair in reversed(pad) for p in pair], mode=mode)
+    T = [(n - di * (ki - 1) - 1) // si + 1 for n, ki, si, di in zip(a.shape[2:], k, s, d, strict=True)]
+    data = []
+    for an in a:
+        rows = []
+        for t in itertools.product(*map(range, T)):
+            at = [
+                an[(j, *(ti * si + ei * di for ti, si, ei, di in zip(t, s, delta, d, strict=True)))]
+                for j in range(len(an))
+                for delta in itertools.product(*map(range, k))
+            ]
+            rows.append(torch.stack([*at, *an.new_tensor(one)]))
+        data.append(torch.stack(rows))
+    return torch.stack(data), tuple(T)
+
+
+def matrix(module):
+    """W = [weight | bias], (I, C)."""
+    columns = [module.weight.detach().flatten(1)]
+    if module.bias is not None:
+        columns.append(module.bias.detach()[:, None])
+    return torch.cat(columns, dim=1).clone()
+
+
+def second_moment(at):
+    """Eq. (8): mean over data, sum over locations, of a_t a_tᵀ."""
+    return sum(torch.outer(v, v) for an in at for v in an) / len(at)
+
+
+def damped(s, y, Hy, mu1, mu2):
+    """Algorithm 1, with its branches."""
+    sy, yHy = float(s @ y), float(y @ Hy)
+    theta = (1 - mu1) * yHy / (yHy - sy) if sy < mu1 * yHy else 1.0
+    s = theta * s + (1 - theta) * Hy
+    return s, y + mu2 * s
+
+
+def bfgs(H, s, y):
+    """Eq. (9) as printed."""
+    rho, eye = 1 / (y @ s), torch.eye(len(s), dtype=H.dtype)
+    left = eye - rho * torch.outer(s, y)
+    return left @ H @ left.T + rho * torch.outer(s, s)
+
+
+class Algorithm2:
+    """KF-QN-CNN for a list of modules and a batch-mean loss; ``history`` None is BFGS, a number L-BFGS."""
+
+    def __init__(self, net, loss, lr, damping, beta, mu1, weight_decay, history=None):
+        self.net, self.loss, self.history = list(net), loss, history
+        self.lr, self.lam, self.beta, self.mu1, self.decay = lr, damping**0.5, beta, mu1, weight_decay
+        self.W = [matrix(m) for m in self.net if isinstance(m, TRAINABLE)]
+        self.average = [torch.zeros_like(W) for W in self.W]
+        self.s_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
+        self.y_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
+        self.H_G = [torch.eye(len(W), dtype=W.dtype) for W in self.W]
+        self.pairs = [[] for _ in self.W]
+        self.H_A = None
+
+    def forward(self, x):
+        """The output for a batch, with every layer's a_t (m, |T|, C) and h_t (m, |T|, I)."""
+        a_list, h_list, W = [], [], iter(self.W)
+        for m in self.net:
+            if isinstance(m, TRAINABLE):
+                at, T = vectors(m, x)
+                h = at @ next(W).T
+                if h.requires_grad:
+                    h.retain_grad()
+                else:
+                    h.requires_grad_(True)
+                a_list.append(at.detach())
+                h_list.append(h)
+                x = h.transpose(1, 2).reshape(len(x), h.shape[2], *T)
+            elif isinstance(m, nn.ReLU):
+                x = F.relu(x)
+            else:
+                x = m(x)
+        return x, a_list, h_list
+
+    def pass_over(self, x, target):
+        """a_t, h_t and Dh_t of every layer: Dh belongs to the loss of one datum."""
+        a_all, h_all, D_all = [], [], []
+        for n in range(len(x)):
+            output, a, h = self.forward(x[n : n + 1])
+            self.loss(output, target[n : n + 1]).backward()
+            a_all.append([v[0] for v in a])
+            h_all.append([v[0].detach() for v in h])
+            D_all.append([v.grad[0] for v in h])
+        return [[torch.stack(v) for v in zip(*per, strict=True)] for per in (a_all, h_all, D_all)]
+
+    def start(self, batches):
+        """Line 2: A over all data of the batches."""
+        passes = [self.forward(x)[1] for x in batches]
+        self.H_A = []
+        for a in zip(*passes, strict=True):
+            A = second_moment([an for batch in a for an in batch])
+            self.H_A.append(torch.linalg.inv(A + self.lam * torch.eye(len(A), dtype=A.dtype)))
+
+    def step(self, x, target):
+        """Lines 5-19."""
+        if self.H_A is None:
+            self.start([x])
+        a, h, Dh = self.pass_over(x, target)
+        for i in range(len(self.W)):
+            DW = sum(
+                torch.outer(D, v)
+                for Dn, an in zip(Dh[i], a[i], strict=True)
+                for D, v in zip(Dn, an, strict=True)
+            ) / len(x)
+            DW = DW + self.decay * self.W[i]
+            self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
+            self.W[i] = self.W[i] - self.lr * self.H_G[i] @ self.average[i] @ self.H_A[i]
+        _, h_new, Dh_new = self.pass_over(x, target)
+        for i in range(len(self.W)):
+            s_A = self.H_A[i] @ a[i].mean((0, 1))
+            y_A = second_moment(a[i]) @ s_A + self.lam * s_A
+            self.H_A[i] = bfgs(self.H_A[i], s_A, y_A)
+            ds = (h_new[i] - h[i]).mean((0, 1))
+            dy = (Dh_new[i] - Dh[i]).mean((0, 1))
+            self.s_G[i] = self.beta * self.s_G[i] + (1 - self.beta) * ds
+            self.y_G[i] = self.beta * self.y_G[i] + (1 - self.beta) * dy
+            Hy = self.H_G[i] @ self.y_G[i]
+            s, y = damped(self.s_G[i], self.y_G[i], Hy, self.mu1, self.lam)
+            if not s @ y > 0:
+                continue
+            if self.history is None:
+                self.H_G[i] = bfgs(self.H_G[i], s, y)
+            else:  # eq. (14) over the pairs kept, from I
+                self.pairs[i] = [*self.pairs[i], (s, y)][-self.history :]
+                self.H_G[i] = torch.eye(len(s), dtype=s.dtype)
+                for pair in self.pairs[i]:
+                    self.H_G[i] = bfgs(self.H_G[i], *pair)

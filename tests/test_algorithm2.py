@@ -1,0 +1,71 @@
+"""Algorithm 2 as a whole: every weight of twenty steps against the oracle, in float64."""
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import batches, closure, mlp, odd_cnn
+
+import kfqn
+
+pytestmark = pytest.mark.usefixtures("double")
+NETS = {"cnn": (odd_cnn, (2, 6, 6)), "mlp": (mlp, (5,))}
+HISTORY = 6  # wraps round three times in twenty steps
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
+@pytest.mark.parametrize("net", NETS)
+def test_twenty_steps_of_every_weight(net, method, warm):
+    make, shape = NETS[net]
+    model = make()
+    settings = {"lr": 0.5, "damping": 0.3, "beta": 0.8, "mu1": 0.25, "weight_decay": 0.01}
+    history = HISTORY if method is kfqn.KFLBFGS else None
+    reference = oracle.Algorithm2(model, F.cross_entropy, **settings, history=history)
+    optimizer = method(model, **settings, **({"history_size": HISTORY} if history else {}))
+    data = batches(shape, count=20)
+    if warm:
+        reference.start([x for x, _ in data])
+        optimizer.warm_start(x for x, _ in data)
+    for x, target in data:
+        reference.step(x, target)
+        optimizer.step(closure(model, optimizer, x, target))
+        layers = [m for m in model if isinstance(m, oracle.TRAINABLE)]
+        for W, module in zip(reference.W, layers, strict=True):
+            torch.testing.assert_close(oracle.matrix(module), W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+    for i, module in enumerate(layers):
+        state = optimizer.state[module.weight]
+        H_A = reference.H_A[i]
+        torch.testing.assert_close(state["H_A"], H_A, rtol=1e-8, atol=1e-8 * H_A.abs().max().item())
+
+
+def test_weight_decay_reaches_gradients_not_the_reported_loss():
+    model, (x, target) = mlp(), batches((5,), 1)[0]
+    optimizer = kfqn.KFBFGS(model, weight_decay=10.0)
+    expected = F.cross_entropy(model(x), target)
+    assert torch.equal(optimizer.step(closure(model, optimizer, x, target)), expected)
+
+
+def test_settings_are_read_at_every_step():
+    model, data = mlp(), batches((5,), 2)
+    optimizer = kfqn.KFBFGS(model, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.0)
+    optimizer.step(closure(model, optimizer, *data[0]))
+    scheduler.step()
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step(closure(model, optimizer, *data[1]))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_quadratic_regression_is_solved_where_the_approximation_is_exact():
+    """A linear model, one location: with f = ½‖Wa − y‖², G = I, and H_A is the whole inverse."""
+    model = torch.nn.Linear(4, 2, bias=False)
+    x, W = torch.randn(64, 4), torch.randn(2, 4)
+    target = x @ W.T
+    optimizer = kfqn.KFBFGS(model, lr=1.0, damping=1e-20, beta=0.0)
+
+    def half_squares(output, target):
+        return 0.5 * (output - target).square().sum(1).mean()
+
+    optimizer.step(closure(model, optimizer, x, target, half_squares))
+    torch.testing.assert_close(model.weight.detach(), W, rtol=1e-8, atol=1e-8)

@@ -1,0 +1,99 @@
+"""Statistics of A and G against the vectors a_t written out with loops."""
+
+import oracle
+import pytest
+import torch
+from cases import LAYERS
+from torch import nn
+
+from kfqn import curvature
+from kfqn.layers import layers_of
+
+pytestmark = [
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),  # torch's own
+]
+SAME = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    case = LAYERS[request.param]
+    module = case()
+    (layer,) = layers_of(module)
+    return module, layer, torch.randn(3, *case.shape)
+
+
+def test_equation_1_the_layer_is_a_matrix(case):
+    module, layer, a = case
+    at, T = oracle.vectors(module, a)
+    torch.testing.assert_close(layer.patches(a), at, **SAME)
+    assert layer.locations(a) == T
+    h = module(a)
+    torch.testing.assert_close((at @ layer.W().T).transpose(1, 2).reshape(h.shape), h, **SAME)
+    assert (layer.rows, layer.columns) == layer.W().shape
+
+
+def test_the_gradient_is_a_matrix_and_a_step_moves_every_parameter(case):
+    module, layer, a = case
+    at, _ = oracle.vectors(module, a)
+    h = module(a)
+    Dh = torch.randn_like(h)
+    h.backward(Dh)
+    Dh = Dh.reshape(3, layer.rows, -1).transpose(1, 2)  # (m, |T|, I)
+    expected = sum(torch.outer(D, v) for D, v in zip(Dh.flatten(0, 1), at.flatten(0, 1), strict=True))
+    torch.testing.assert_close(layer.DW(), expected, **SAME)
+    W, P = layer.W(), torch.randn(layer.rows, layer.columns)
+    with torch.no_grad():
+        layer.add_(P, alpha=-0.3)
+    torch.testing.assert_close(layer.W(), W - 0.3 * P, **SAME)
+
+
+def test_equation_8_and_its_inverse(case):
+    module, layer, a = case
+    A = oracle.second_moment(oracle.vectors(module, a)[0])
+    torch.testing.assert_close(curvature.second_moment(layer, a), A, **SAME)
+    if module.bias is not None:
+        assert A[-1, -1] == pytest.approx(len(oracle.vectors(module, a)[0][0]))  # |T|
+    inverse = torch.linalg.inv(A + 0.7 * torch.eye(len(A)))
+    torch.testing.assert_close(curvature.damped_inverse(A, 0.7), inverse, **SAME)
+
+
+def test_equation_12_the_mean_activation(case):
+    module, layer, a = case
+    at, _ = oracle.vectors(module, a)
+    torch.testing.assert_close(curvature.mean_activation(layer, a), at.mean((0, 1)), **SAME)
+
+
+def test_equation_13_needs_no_matrix(case):
+    module, layer, a = case
+    at, _ = oracle.vectors(module, a)
+    v = torch.randn(layer.columns)
+    torch.testing.assert_close(layer.inner(a, v).reshape(3, -1), at @ v, **SAME)
+    torch.testing.assert_close(
+        curvature.second_moment_matvec(layer, a, v), oracle.second_moment(at) @ v, **SAME
+    )
+
+
+def test_the_second_moment_is_formed_in_blocks(monkeypatch):
+    monkeypatch.setattr(curvature, "_BLOCK", 1)
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    (layer,), a = layers_of(module), torch.randn(5, 2, 4, 4)
+    expected = oracle.second_moment(oracle.vectors(module, a)[0])
+    torch.testing.assert_close(curvature.second_moment(layer, a), expected, **SAME)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 5)])
+def test_equations_10_and_11_are_means_over_data_and_locations(shape):
+    h, target = torch.randn(*shape, requires_grad=True), torch.randn(*shape)
+
+    def loss_of_one(hn, yn):
+        return ((hn - yn) ** 4).sum()
+
+    Dh = [torch.autograd.grad(loss_of_one(h, target), h)[0][n] for n in range(4)]
+    per_location = [D.reshape(3, -1).mean(1) for D in Dh]
+    batch_mean = sum(loss_of_one(h[n], target[n]) for n in range(4)) / 4
+    (gradient,) = torch.autograd.grad(batch_mean, h)
+    torch.testing.assert_close(curvature.mean_preactivation_gradient(gradient), sum(per_location) / 4, **SAME)
+    expected = sum(hn.reshape(3, -1).mean(1) for hn in h) / 4
+    torch.testing.assert_close(curvature.mean_preactivation(h), expected, **SAME)
