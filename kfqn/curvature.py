@@ -15,7 +15,7 @@ _BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
 
 
 def mean_activation(layer: Layer, a: Tensor) -> Tensor:
-    """ā = E_n[1/|T| Σ_t a_t(n)], (C,), below eq. (12), for the layer's input ``a``.
+    """ā = E_n[1/|T| Σ_t a_t(n)], (C,), for the layer's input ``a``: where the pair for H_A starts.
 
     Taking the mean over the data first leaves one datum's work.
     """

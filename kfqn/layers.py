@@ -11,11 +11,9 @@ products with all a_t that the method needs (`inner`, `weighted_sum`) cost about
 as reading the input. Only `patches` writes them out.
 """
 
-import functools
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -27,61 +25,51 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Layer(ABC):
-    """A module with weight and bias, as one matrix W of shape (`rows`, `columns`)."""
+    """A module with weight and bias, as one matrix W of shape (`rows`, `columns`) = (I, C).
 
-    module: nn.Linear | Convolution
+    ``weight`` stands for the whole layer: it is the key of the layer's optimizer state. ``dtype``
+    is what statistics and factors are kept in: the weight's type, but at least float32.
+    """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Linear | Convolution) -> None:
         self.name = name
+        self.module: nn.Module = module
+        self.weight: Tensor = module.weight
+        self.bias: Tensor | None = module.bias
+        self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        self.rows, self.inputs = len(module.weight), module.weight[0].numel()
+        self.columns = self.inputs + (module.bias is not None)
 
     def __str__(self) -> str:
         return f"'{self.name}' ({type(self.module).__name__})"
 
-    @property
-    def weight(self) -> Tensor:
-        """The module's weight; its optimizer state stands for the whole layer."""
-        return self.module.weight
-
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
-        return list(self.module.parameters(recurse=False))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What statistics and factors are kept in: the weight's type, at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
-
-    @property
-    def rows(self) -> int:
-        """I."""
-        return self.weight.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """C = J|Δ|, plus one with a bias."""
-        return self.weight[0].numel() + (self.module.bias is not None)
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> Tensor:
         """The parameters as one matrix (I, C)."""
-        return self._matrix(self.weight, self.module.bias)
+        return self._matrix(self.weight, self.bias)
 
     def DW(self) -> Tensor | None:
         """The gradients as one matrix (I, C), on the scale of ``.grad``; None without any."""
-        bias = self.module.bias
-        if self.weight.grad is None or (bias is not None and bias.grad is None):
+        if any(p.grad is None for p in self.parameters()):
             return None
-        return self._matrix(self.weight.grad, None if bias is None else bias.grad)
+        assert self.weight.grad is not None
+        return self._matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        columns = [weight.flatten(1)] + ([] if bias is None else [bias[:, None]])
+        columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
         return torch.cat(columns, dim=1).to(self.dtype)
 
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (I, C)."""
-        size = self.weight[0].numel()
-        self.weight.add_(P[:, :size].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
-        if self.module.bias is not None:
-            self.module.bias.add_(P[:, size].to(self.module.bias.dtype), alpha=alpha)
+        self.weight.add_(P[:, : self.inputs].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
+        if self.bias is not None:
+            self.bias.add_(P[:, self.inputs].to(self.bias.dtype), alpha=alpha)
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
 
     @abstractmethod
     def check_input(self, a: Tensor) -> None:
@@ -108,12 +96,6 @@ class Layer(ABC):
 class LinearLayer(Layer):
     """`torch.nn.Linear` on an input of shape (m, J): one location."""
 
-    module: nn.Linear
-
-    def __init__(self, name: str, module: nn.Linear) -> None:
-        super().__init__(name, module)
-        self.module = module
-
     def check_input(self, a: Tensor) -> None:
         if a.ndim != 2:
             raise ValueError(
@@ -125,39 +107,34 @@ class LinearLayer(Layer):
         return ()
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
-        if self.module.bias is None:
+        if self.bias is None:
             return a @ v
         return a @ v[:-1] + v[-1]
 
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        if self.module.bias is None:
-            return u @ a
-        return torch.cat((u @ a, u.sum()[None]))
+        return u @ a if self.bias is None else torch.cat((u @ a, u.sum()[None]))
 
     def patches(self, a: Tensor) -> Tensor:
-        return _with_ones(a[:, None, :], self.module)
+        return self._with_ones(a[:, None, :])
 
 
 @final
 class ConvolutionLayer(Layer):
     """`torch.nn.Conv1d`, `Conv2d` or `Conv3d` with groups = 1, on a batch of J-channel inputs.
 
-    The offset δ_k of a filter sees a strided window of the padded input; `inner` mixes
-    the channels first, with one product of size |Δ| × J, and then adds the |Δ| windows of
-    the result, and `weighted_sum` goes the same way back.
+    No a_t is written out for the products: the channels are mixed first, with one product of
+    size |Δ| × J, which leaves one map z_k per offset δ_k of the filter, and the a_t are then met
+    through windows of those maps.
     """
-
-    module: Convolution
 
     def __init__(self, name: str, module: Convolution) -> None:
         super().__init__(name, module)
-        self.module = module
-        self.offsets = math.prod(module.kernel_size)  # |Δ|
+        self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         self.pad = list(_pad(module))
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def check_input(self, a: Tensor) -> None:
-        expected = 2 + len(self.module.kernel_size)
+        expected = 2 + len(self.kernel)
         if a.ndim != expected:
             raise ValueError(
                 f"{self} takes inputs of {expected} dimensions, (batch, channels, locations), here, "
@@ -165,47 +142,44 @@ class ConvolutionLayer(Layer):
             )
 
     def locations(self, a: Tensor) -> tuple[int, ...]:
-        m = self.module
-        sizes = [size + self.pad[-2 * i - 1] + self.pad[-2 * i - 2] for i, size in enumerate(a.shape[2:])]
-        return tuple(
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(sizes, m.kernel_size, m.stride, m.dilation, strict=True)
-        )
+        sizes = zip(_padded_size(a, self.pad), self.kernel, self.stride, self.dilation, strict=True)
+        return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
 
-    def _windows(self, T: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """For each offset δ_k, where the padded input meets it as t runs over T."""
-        m = self.module
-        for k in itertools.product(*map(range, m.kernel_size)):
-            yield tuple(
-                slice(ki * d, ki * d + (size - 1) * s + 1, s)
-                for ki, size, s, d in zip(k, T, m.stride, m.dilation, strict=True)
-            )
+    def _windows(self, z: Tensor, T: tuple[int, ...]) -> Tensor:
+        """A view (m, *Δ, *T) of the maps z (m, *Δ, *padded): z_k(n) where offset δ_k meets it at t."""
+        maps, steps = z.stride()[1 : 1 + len(T)], z.stride()[1 + len(T) :]
+        along_T = (s * step for s, step in zip(self.stride, steps, strict=True))
+        diagonal = (m + d * step for m, d, step in zip(maps, self.dilation, steps, strict=True))
+        return z.as_strided((len(z), *self.kernel, *T), (z.stride(0), *diagonal, *along_T))
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
-        filters = v[: self.weight[0].numel()].view(-1, self.offsets).T
-        z = (filters @ a.flatten(2)).unflatten(2, a.shape[2:])  # (m, |Δ|, *locations of a)
-        z = F.pad(z, self.pad, self.mode)
-        u = functools.reduce(torch.add, (z[:, k][:, *window] for k, window in enumerate(self._windows(T))))
-        return u if self.module.bias is None else u + v[-1]
+        filters = v[: self.inputs].view(-1, math.prod(self.kernel)).T
+        z = F.pad((filters @ a.flatten(2)).unflatten(2, a.shape[2:]), self.pad, self.mode)
+        u = self._windows(z.unflatten(1, self.kernel), T).flatten(1, len(T)).sum(1)
+        return u if self.bias is None else u + v[-1]
 
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        if self.mode != "constant":
+        T = tuple(u.shape[1:])
+        z = u.new_zeros(len(u), *self.kernel, *_padded_size(a, self.pad))
+        self._windows(z, T).copy_(u.view(len(u), *[1] * len(T), *T))
+        if self.mode == "constant":
+            z = F.pad(z, [-p for p in self.pad])  # what falls on zeros counts for nothing
+        else:
             a = F.pad(a, self.pad, self.mode)
-        pad = self.pad if self.mode == "constant" else [0] * len(self.pad)
-        size = [n + pad[-2 * i - 1] + pad[-2 * i - 2] for i, n in enumerate(a.shape[2:])]
-        z = u.new_zeros(len(u), self.offsets, *size)
-        for k, window in enumerate(self._windows(tuple(u.shape[1:]))):
-            z[:, k][:, *window] = u
-        z = F.pad(z, [-p for p in pad])  # what falls on zeros counts for nothing
-        sums = (z.flatten(2) @ a.flatten(2).mT).sum(0).T.flatten()
-        return sums if self.module.bias is None else torch.cat((sums, u.sum()[None]))
+        sums = (z.flatten(1, len(T)).flatten(2) @ a.flatten(2).mT).sum(0).T.flatten()
+        return sums if self.bias is None else torch.cat((sums, u.sum()[None]))
 
     def patches(self, a: Tensor) -> Tensor:
         T = self.locations(a)
         a = F.pad(a, self.pad, self.mode)
-        windows = [a[:, :, *window].flatten(2) for window in self._windows(T)]
-        return _with_ones(torch.stack(windows, dim=2).flatten(1, 2).mT, self.module)
+        size = a.shape[2:]
+        maps = a.reshape(-1, *[1] * len(T), *size).expand(-1, *self.kernel, *size)
+        return self._with_ones(self._windows(maps, T).reshape(len(a), -1, math.prod(T)).mT)
+
+
+def _padded_size(a: Tensor, pad: Sequence[int]) -> list[int]:
+    return [n + pad[-2 * i - 1] + pad[-2 * i - 2] for i, n in enumerate(a.shape[2:])]
 
 
 def _pad(module: Convolution) -> Iterator[int]:
@@ -218,12 +192,6 @@ def _pad(module: Convolution) -> Iterator[int]:
             yield from (0, 0)
         else:
             yield from (int(module.padding[i]),) * 2
-
-
-def _with_ones(rows: Tensor, module: nn.Linear | Convolution) -> Tensor:
-    if module.bias is None:
-        return rows
-    return torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -80,11 +80,11 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         starting = [layer for layer in gradients if layer.weight not in self.state]
         self._start_layers({layer: second_moment(layer, before[layer].input()) for layer in starting})
 
+        group = self._group
         for layer, DW in gradients.items():  # Algorithm 2, lines 6-9
-            group = self._group(layer)
             layer.add_(self._direction(DW, self.state[layer.weight], group), alpha=-group["lr"])
         for layer in gradients:  # lines 12-14; the pair is the first pass's, so its inputs can go
-            self._learn_A(layer, before[layer].input(), self.state[layer.weight], self._group(layer))
+            self._learn_A(layer, before[layer].input(), self.state[layer.weight], group)
             before[layer].a = None
         with second_pass(self._model, rewind), torch.enable_grad():  # line 10
             with capture(self._layers, inputs=False) as after:
@@ -92,8 +92,7 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         for layer in gradients:  # lines 15-18
             old, new = before[layer], after.get(layer)
             if old.Dh is not None and new is not None and new.Dh is not None:
-                state, group = self.state[layer.weight], self._group(layer)
-                self._learn_G(new.h - old.h, new.Dh - old.Dh, state, group)
+                self._learn_G(new.h - old.h, new.Dh - old.Dh, self.state[layer.weight], group)
         return loss
 
     @torch.no_grad()
@@ -167,8 +166,10 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
             "compiled, build the optimizer first or call torch._dynamo.reset()."
         )
 
-    def _group(self, layer: Layer) -> Group:
-        return next(g for g in self.param_groups if any(p is layer.weight for p in g["params"]))
+    @property
+    def _group(self) -> Group:
+        (group,) = self.param_groups
+        return group
 
     def _gradients(self, seen: dict[Layer, Seen]) -> dict[Layer, Tensor]:
         """DW of every layer that ran and got a gradient, L2 included."""
@@ -178,7 +179,8 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         for layer in seen:
             DW = layer.DW()
             if DW is not None and seen[layer].Dh is not None:
-                gradients[layer] = DW.add_(layer.W(), alpha=self._group(layer)["weight_decay"])
+                weight_decay = self._group["weight_decay"]
+                gradients[layer] = DW.add_(layer.W(), alpha=weight_decay) if weight_decay else DW
         if not gradients:
             raise RuntimeError(
                 f"the closure given to {self._name}.step left no gradient on any layer: call "
@@ -191,7 +193,7 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         states: dict[Layer, State] = {}
         for layer in A:
             try:
-                states[layer] = self._start(layer, A[layer], self._group(layer))
+                states[layer] = self._start(layer, A[layer], self._group)
             except ValueError as error:
                 raise ValueError(
                     f"{layer} cannot start, because {error}: look for NaN, infinite or huge values in "

@@ -53,8 +53,8 @@ class KFQN(TwoPassOptimizer):
 
     def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
         lambda_G, beta = math.sqrt(group["damping"]), group["beta"]
-        s = state["s_G"].lerp_(dh, 1 - beta)  # line 16, eq. (10)
-        y = state["y_G"].lerp_(dDh, 1 - beta)  # eq. (11)
+        s = state["s_G"].lerp_(dh, 1 - beta)  # line 16
+        y = state["y_G"].lerp_(dDh, 1 - beta)
         Hy = self._H_G(state, y[:, None])[:, 0]
         damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=lambda_G)  # line 17
         self._update_G(state, *damped)  # line 18

@@ -5,6 +5,8 @@ y ≈ B s. Nothing here knows of networks, and no function reads a scalar back t
 host: what may be used is decided by ``torch.where``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,10 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """
     sy, Hy = s @ y, H @ y
     u = ((1 + (y @ Hy) / sy) / 2 * s - Hy) / sy
-    usable = (sy > 0) & sy.isfinite() & s.isfinite().all() & u.isfinite().all()
-    s, u = torch.where(usable, s, 0.0), torch.where(usable, u, 0.0)
-    H.addmm_(torch.stack((s, u), dim=1), torch.stack((u, s)))
+    su = torch.stack((s, u))
+    usable = (sy > 0) & (sy < math.inf) & su.isfinite().all()
+    su = torch.where(usable, su, 0.0)
+    H.addmm_(su.T, su.flip(0))
     return usable
 
 
@@ -50,7 +53,7 @@ def lbfgs_push_(S: Tensor, Y: Tensor, s: Tensor, y: Tensor) -> Tensor:
     positive and the pair finite.
     """
     sy = s @ y
-    usable = (sy > 0) & sy.isfinite() & s.isfinite().all() & y.isfinite().all()
+    usable = (sy > 0) & (sy < math.inf) & torch.stack((s, y)).isfinite().all()
     S.copy_(torch.where(usable, torch.cat((S[1:], s[None])), S))
     Y.copy_(torch.where(usable, torch.cat((Y[1:], y[None])), Y))
     return usable

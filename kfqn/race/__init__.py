@@ -1,0 +1,1 @@
+"""Optimizers raced on real images: problems, runs, figures, tables, and the command line."""

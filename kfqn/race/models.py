@@ -1,0 +1,65 @@
+"""The paper's networks (appendix B.2) as its authors coded them, and a small one for small images."""
+
+import math
+
+from torch import nn
+
+
+def all_cnn_c(classes: int, channels: int = 3, width: int = 96) -> nn.Sequential:
+    """All-CNN-C (Springenberg et al. 2014): nine convolutions, two of stride 2, no dropout.
+
+    ``width`` is the number of filters of the first three layers, 96 in the paper; the
+    next five have twice as many. As coded, every 3×3 convolution has padding 1, every
+    layer a bias, and the last 1×1 convolution is followed by ReLU before the global average.
+    """
+    w = width
+    model = nn.Sequential(
+        *_convolution(channels, w, 3),
+        *_convolution(w, w, 3),
+        *_convolution(w, w, 3, stride=2),
+        *_convolution(w, 2 * w, 3),
+        *_convolution(2 * w, 2 * w, 3),
+        *_convolution(2 * w, 2 * w, 3, stride=2),
+        *_convolution(2 * w, 2 * w, 3),
+        *_convolution(2 * w, 2 * w, 1),
+        *_convolution(2 * w, classes, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    initialise(model)
+    return model
+
+
+def small_all_cnn(classes: int, channels: int = 1, width: int = 48) -> nn.Sequential:
+    """All-CNN-C cut down for images of 8×8: six convolutions, one of stride 2, no ReLU on the logits."""
+    w = width
+    model = nn.Sequential(
+        *_convolution(channels, w, 3),
+        *_convolution(w, w, 3),
+        *_convolution(w, w, 3, stride=2),
+        *_convolution(w, 2 * w, 3),
+        *_convolution(2 * w, 2 * w, 1),
+        nn.Conv2d(2 * w, classes, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    initialise(model)
+    return model
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2), nn.ReLU(inplace=True)
+
+
+def initialise(model: nn.Module) -> None:
+    """The authors' initialisation: convolutions N(0, 2/(k²·I)) with zero bias, the rest as torch does.
+
+    With torch's own for convolutions, nine layers without BatchNorm do not move under
+    SGD for epochs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,117 @@
+"""A race told to a person: one self-contained HTML page, and the same table in the terminal."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+from kfqn.race.figure import draw
+from kfqn.race.problems import PROBLEMS
+from kfqn.race.runs import Run, write_atomically
+from kfqn.race.summary import HEADINGS, Row, Standing, common_target, rows
+
+EXPLANATION = (
+    "Means over the seeds, ± the standard error. Training loss: of the final weights, over the training "
+    "images without augmentation. Target: the lowest training loss that every finished run reached at the "
+    "end of an epoch; epochs and seconds to it are medians. Seconds are training alone: neither evaluation "
+    "nor the warm start is in them."
+)
+
+
+def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
+    """Draw ``race.png`` and ``race.html`` in ``out`` from the files of the runs, and print the table."""
+    standings = standings_of(runs)
+    table = rows(standings)
+    title = title_of(runs)
+    draw(standings, title, out / "race.png")
+    page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "."), autoescape=True)
+    html = page.get_template("report.html.jinja").render(
+        title=title,
+        verdict=verdict(table, common_target(standings)),
+        figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
+        headings=astuple(HEADINGS),
+        rows=[astuple(row) for row in table],
+        explanation=EXPLANATION,
+        losses=losses_of(runs),
+        conditions=conditions_of(runs),
+    )
+    write_atomically(out / "race.html", html)
+    print_table(table, title, console)
+    console.print(verdict(table, common_target(standings)))
+    for name, reason in losses_of(runs):
+        console.print(f"{name}: {reason.splitlines()[0]}", style="red", highlight=False, markup=False)
+    console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
+
+
+def standings_of(runs: Sequence[Run]) -> list[Standing]:
+    """The runs gathered by entrant and settings, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        config = run.config
+        groups.setdefault(f"{config.entrant} {sorted(config.settings.items())}", []).append(run)
+    return [Standing(group) for group in groups.values()]
+
+
+def title_of(runs: Sequence[Run]) -> str:
+    """The problem and how much of it."""
+    config = runs[0].config
+    problem = PROBLEMS[config.problem]
+    seeds = len({run.config.seed for run in runs})
+    parts = [f"{problem.title} of width {config.width}", f"batch {config.batch_size}"]
+    if config.train_size is not None:
+        parts.append(f"{config.train_size} training images")
+    return ", ".join([*parts, f"{seeds} seed{'s' if seeds > 1 else ''}"])
+
+
+def verdict(table: Sequence[Row], target: float) -> str:
+    """The race in one sentence."""
+    done = [row for row in table if row.seconds_to_target != "–"]
+    if not done:
+        return "No run finished."
+    first = f"{done[0].label} was first at the common target, training loss {target:.3g}"
+    if len(done) == 1:
+        return f"{first}, after {done[0].seconds_to_target} s."
+    second = f"{done[1].label} after {done[1].seconds_to_target} s"
+    return f"{first}: after {done[0].seconds_to_target} s, before {second}."
+
+
+def losses_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Every run that did not finish, and why."""
+    ends = [(run, run.end()) for run in runs]
+    return [
+        (run.config.identity, end.get("traceback") or end["reason"])
+        for run, end in ends
+        if end is not None and end["status"] != "finished"
+    ]
+
+
+def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What the figures hold for; where runs differ, every value."""
+    ends = [run.end() or {} for run in runs]
+    merged: dict[str, dict[str, None]] = {}
+    for run, end in zip(runs, ends, strict=True):
+        config = run.config
+        facts = end.get("conditions", {}) | {
+            "threads": str(config.threads),
+            "seeds": str(config.seed),
+            "epochs": str(config.epochs),
+            "weight decay": f"{config.weight_decay:g}",
+        }
+        for key, value in facts.items():
+            merged.setdefault(key, {})[value] = None
+    return [(key, ", ".join(values)) for key, values in merged.items()]
+
+
+def print_table(table: Sequence[Row], title: str, console: Console) -> None:
+    """The table, the winner first and bold."""
+    view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
+    shown = [i for i, _ in enumerate(astuple(HEADINGS)) if i != 8 or any(row.lost != "–" for row in table)]
+    for i in shown:
+        view.add_column(astuple(HEADINGS)[i], justify="left" if i == 0 else "right", overflow="fold")
+    for n, row in enumerate(table):
+        view.add_row(*(astuple(row)[i] for i in shown), style="bold" if n == 0 else None)
+    console.print(view)

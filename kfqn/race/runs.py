@@ -1,0 +1,154 @@
+"""A run on disk: one folder with its configuration, its epochs and, while it lasts, a checkpoint.
+
+``config.json`` says what is to be run, ``epochs.jsonl`` holds one line an epoch and a last
+line that says how the run ended. Every file is replaced whole, so it can be read at any
+time and a killed run leaves nothing half-written. Figures and tables need these files alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kfqn.race.failure import Failure
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the outcome of a run, and the device and threads that decide its seconds."""
+
+    problem: str
+    entrant: str
+    settings: dict[str, float]
+    seed: int
+    epochs: int
+    width: int
+    batch_size: int
+    weight_decay: float
+    train_size: int | None
+    device: str
+    threads: int
+
+    @property
+    def identity(self) -> str:
+        """The name of the run's folder: readable, and different for different configurations."""
+        values = "-".join(f"{key}{value:g}" for key, value in self.settings.items())
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.entrant}-{values}-seed{self.seed}-{digest}"
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run in ``folder``."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, parent: Path, config: Config) -> "Run":
+        """The run with this configuration, old or new; Failure if it cannot be written."""
+        run = cls(parent / config.identity)
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+        except OSError as error:
+            raise Failure(
+                f"cannot write to {parent} ({error.strerror}): choose another folder with --out."
+            ) from error
+        return run
+
+    @property
+    def config(self) -> Config:
+        """The configuration the run was created with."""
+        return Config(**json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the trainer keeps what it needs to go on."""
+        return self.folder / "checkpoint.pt"
+
+    def records(self) -> list[Record]:
+        """All lines so far: one an epoch, then one with ``status``."""
+        try:
+            text = (self.folder / "epochs.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def epochs(self) -> list[Record]:
+        """The lines of finished epochs."""
+        return [record for record in self.records() if "epoch" in record]
+
+    def end(self) -> Record | None:
+        """How the run ended: ``status`` is finished, diverged or failed; None while it has not."""
+        records = self.records()
+        return records[-1] if records and "status" in records[-1] else None
+
+    def forget_failure(self) -> None:
+        """Let a run that failed be tried again."""
+        end = self.end()
+        if end is not None and end["status"] == "failed":
+            self.write(self.epochs())
+
+    def write(self, records: list[Record]) -> None:
+        """Replace all lines."""
+        write_atomically(
+            self.folder / "epochs.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+        )
+
+    def fraction(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        if self.end() is not None:
+            return 1.0
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return float((self.folder / "progress").read_text())
+        return 0.0
+
+    def show_progress(self, fraction: float) -> None:
+        """Tell whoever watches the folder how much is done."""
+        write_atomically(self.folder / "progress", f"{fraction:.4f}")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Hold the run so that no other process does it too; False if another one has it.
+
+        The lock is the operating system's: it ends with the process that holds it.
+        """
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is seen old or new, never in between."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, moved over it at the end, or removed on an error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""Train one configuration: the protocol of the paper's section 6, one seed.
+
+At the end of every epoch the training loss is read twice. ``average_loss`` is the paper's: a
+moving average of the mini-batch losses with decay 0.9. It looks back over ten steps, which is
+nothing in the paper's epoch of 195 steps and a whole epoch on a small problem, so ``train_loss``
+is the loss of the weights as they are, over the training images without augmentation (the
+first 10,000 of them). Seconds count the training steps alone, neither the evaluation nor the
+warm start, which is stated by itself.
+"""
+
+import datetime
+import math
+import platform
+import subprocess
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kfqn
+from kfqn.optimizer import TwoPassOptimizer
+from kfqn.race.data import Dataset, Images
+from kfqn.race.entrants import ENTRANTS
+from kfqn.race.problems import PROBLEMS
+from kfqn.race.runs import Record, Run, atomic_path
+
+LOSS_DECAY = 0.9
+EVALUATED = 10_000  # training images, for the training loss
+CHECKPOINT_SECONDS = 20.0  # of work that a kill may cost
+PROGRESS_SECONDS = 0.5
+
+
+def train(run: Run, data_dir: Path | None) -> None:
+    """Do a run from where it stands to its end; what goes wrong in it becomes its last record."""
+    try:
+        Trainer(run, data_dir).train()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        run.write(
+            [*run.epochs(), {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}]
+        )
+
+
+class Trainer:
+    """The state of one run in progress; a checkpoint holds all of it."""
+
+    def __init__(self, run: Run, data_dir: Path | None) -> None:
+        config = run.config
+        problem, entrant = PROBLEMS[config.problem], ENTRANTS[config.entrant]
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.run, self.config = run, config
+        self.device = torch.device(config.device)
+        self.data: Dataset = problem.data(data_dir).to(self.device, config.train_size)
+        self.model = problem.model(config.width, self.data).to(self.device)
+        self.optimizer = entrant.build(self.model, config.settings, config.weight_decay)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.average: Tensor | None = None
+        self.records: list[Record] = []
+        self.seconds = self.cpu_seconds = self.warm_start_seconds = 0.0
+        self.saved_at = self.shown_at = time.monotonic()
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.data.train) // self.config.batch_size
+
+    def train(self) -> None:
+        """Every epoch that is left, then the record of the end."""
+        if self.run.checkpoint.exists():
+            self.load()
+        elif isinstance(self.optimizer, TwoPassOptimizer):
+            self.warm_start(self.optimizer)
+        self.run.write(self.records)
+        for epoch in range(len(self.records) + 1, self.config.epochs + 1):
+            self.train_epoch(epoch)
+            record = self.evaluate(epoch)
+            if not math.isfinite(record["train_loss"]):
+                self.finish(
+                    {"status": "diverged", "reason": f"the training loss in epoch {epoch} is not finite"}
+                )
+                return
+            self.records.append(record)
+            self.run.write(self.records)
+            if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                self.save()
+        self.finish({"status": "finished"})
+
+    def finish(self, end: Record) -> None:
+        """Write the last record; nothing is left to resume."""
+        conditions = {"warm_start_seconds": self.warm_start_seconds, "conditions": conditions_of(self.device)}
+        self.run.write([*self.records, end | conditions])
+        self.run.checkpoint.unlink(missing_ok=True)
+
+    def warm_start(self, optimizer: TwoPassOptimizer) -> None:
+        """A from one epoch of augmented batches, as the authors did it; another stream of randomness."""
+        generator = torch.Generator().manual_seed(self.config.seed + 2**32)
+        start = time.perf_counter()
+        optimizer.warm_start(x for x, _ in self.data.training_batches(self.config.batch_size, generator))
+        self.warm_start_seconds = time.perf_counter() - start
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over the training images, timed."""
+        self.model.train()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        for step, (x, y) in enumerate(self.data.training_batches(self.config.batch_size, self.generator)):
+            loss = self.step(x, y)
+            self.average = loss if self.average is None else self.average.lerp(loss, 1 - LOSS_DECAY)
+            self.show((epoch - 1 + (step + 1) / self.steps) / self.config.epochs)
+        self.synchronise()
+        self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu_start
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step of any optimizer; the loss before it."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            return loss
+
+        loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
+        return torch.as_tensor(loss).detach()
+
+    def evaluate(self, epoch: int) -> Record:
+        """The record of a finished epoch."""
+        assert self.average is not None
+        train_loss, _ = self.loss_and_error(self.data.train.first(EVALUATED))
+        test_loss, test_error = self.loss_and_error(self.data.test)
+        return {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "average_loss": self.average.item(),
+            "test_loss": test_loss,
+            "test_error": test_error,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
+
+    @torch.no_grad()
+    def loss_and_error(self, images: Images) -> tuple[float, float]:
+        """Means over the images, in evaluation mode."""
+        self.model.eval()
+        loss = error = 0.0
+        for x, y in self.data.in_order(images):
+            output = self.model(x)
+            loss += F.cross_entropy(output, y, reduction="sum").item()
+            error += (output.argmax(1) != y).sum().item()
+        return loss / len(images), error / len(images)
+
+    def show(self, fraction: float) -> None:
+        """Say how far the run is, but not at every step."""
+        if time.monotonic() - self.shown_at > PROGRESS_SECONDS:
+            self.run.show_progress(fraction)
+            self.shown_at = time.monotonic()
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def save(self) -> None:
+        """A checkpoint that `load` goes on from as if nothing had happened."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "average": self.average,
+            "records": self.records,
+            "seconds": [self.seconds, self.cpu_seconds, self.warm_start_seconds],
+        }
+        with atomic_path(self.run.checkpoint) as partial:
+            torch.save(state, partial)
+        self.saved_at = time.monotonic()
+
+    def load(self) -> None:
+        """Go back to the last checkpoint; later epochs are done again."""
+        state = torch.load(self.run.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["random"].cpu())
+        self.average, self.records = state["average"], state["records"]
+        self.seconds, self.cpu_seconds, self.warm_start_seconds = state["seconds"]
+
+
+def conditions_of(device: torch.device) -> dict[str, str]:
+    """Where and with what a run was done."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kfqn": kfqn.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the source the package runs from, '+' after it if changed; unknown outside git."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()

@@ -1,0 +1,55 @@
+"""Do many runs in parallel processes, each run once, and watch them.
+
+A worker takes the next run that is neither over nor claimed. Claims are locks in the run
+folders, so workers of other commands, or of other machines that share the folder, are
+respected too; and whoever watches reads the folders, so it sees them all.
+"""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kfqn.race.runs import Run
+
+POLL_SECONDS = 0.25
+GRACE_SECONDS = 5.0
+
+
+def work(folders: Sequence[Path], data_dir: Path | None) -> None:
+    """One worker: whatever is left to do, in the given order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too, but the parent ends us, by SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from kfqn.race.train import train
+
+    for folder in folders:
+        run = Run(folder)
+        with run.claimed() as ours:
+            if ours and run.end() is None:
+                train(run, data_dir)
+
+
+def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
+    """Do all runs with ``jobs`` processes, calling ``watch`` a few times a second.
+
+    Ends the workers at once on KeyboardInterrupt or any error in ``watch``; the same call
+    goes on from there.
+    """
+    left = [run.folder for run in runs if run.end() is None]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(left, data_dir)) for _ in range(min(jobs, len(left)))]
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            watch()
+            for worker in workers:
+                worker.join(POLL_SECONDS / len(workers))
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join(GRACE_SECONDS)
+                worker.kill()
+    watch()

@@ -1,0 +1,81 @@
+"""The structure that the documentation promises."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import kfqn
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "kfqn").rglob("*.py"))
+MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+
+# A module may import only what stands to the left of it, and race may import everything.
+ORDER = ["secant", "layers", "curvature", "capture", "second_pass", "optimizer", "quasi_newton"]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kfqn"):
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names] if node.module == "kfqn" else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("kfqn"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name):
+    for imported in imports(ROOT / "kfqn" / f"{name}.py"):
+        module = imported.split(".")[1]
+        assert module in ORDER[: ORDER.index(name)], f"{name} imports {imported}"
+
+
+def test_every_module_has_its_place():
+    modules = {m.name for m in pkgutil.iter_modules(kfqn.__path__)}
+    assert modules == {*ORDER, "race", "__main__"}
+
+
+def resolve(path):
+    parts = path.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[split:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(f"{path} does not exist")
+
+
+ROWS = re.findall(r"^\| (.+?) \| .*\| `(kfqn[\w.]*)` \|$", MAP, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("label", "home"), ROWS, ids=[label for label, _ in ROWS])
+def test_the_map_of_the_paper_is_true(label, home):
+    source = inspect.getsource(resolve(home))
+    if re.fullmatch(r"\(\d+\)", label):
+        assert f"eq. {label}" in source
+        elsewhere = [p for p in SOURCES if f"eq. {label}" in p.read_text(encoding="utf-8")]
+        assert elsewhere == [Path(inspect.getsourcefile(resolve(home)))]
+    elif label.startswith("Algorithm"):
+        assert re.match(r"Algorithm \d", label)[0] in source
+
+
+def test_every_equation_named_in_the_code_is_in_the_map():
+    named = {n for p in SOURCES for n in re.findall(r"eq\. (\(\d+\))", p.read_text(encoding="utf-8"))}
+    assert named == {label for label, _ in ROWS if re.fullmatch(r"\(\d+\)", label)}
+
+
+def test_decisions_that_the_code_points_to_exist():
+    text = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    for source in SOURCES:
+        for numbers in re.findall(r"decisions\.md`?, ([\d ,and]+)", source.read_text(encoding="utf-8")):
+            for number in re.findall(r"\d+", numbers):
+                assert f"\n{number}. **" in text, f"{source.name} points to decision {number}"

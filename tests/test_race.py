@@ -1,0 +1,312 @@
+"""The race end to end, as a user runs it: real processes, real files, the command line itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfqn.race import cli, entrants
+from kfqn.race.models import all_cnn_c, small_all_cnn
+from kfqn.race.runs import Config, Run
+from kfqn.race.summary import Standing, common_target, rows
+from kfqn.race.sweep import outcome
+from kfqn.race.train import Trainer, train
+
+TINY = ["--epochs", "2", "--width", "4", "--train-size", "300"]
+
+
+def kfqn(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "kfqn", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def config(**changes):
+    values = {
+        "problem": "digits",
+        "entrant": "kfbfgs",
+        "settings": {"lr": 1.0, "damping": 1.0},
+        "seed": 0,
+        "epochs": 3,
+        "width": 4,
+        "batch_size": 128,
+        "weight_decay": 0.0,
+        "train_size": 300,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return Config(**values | changes)
+
+
+def without_clock(records):
+    return [{k: v for k, v in r.items() if "seconds" not in k and k != "conditions"} for r in records]
+
+
+def test_a_race_from_the_command_line(tmp_path):
+    result = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for label in ("KF-BFGS (", "KF-BFGS(L) (", "SGD-m (", "Adam ("):
+        assert label in result.stdout
+    assert "was first at the common target" in result.stdout
+    assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+    html = (tmp_path / "race.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in html
+    assert "http" not in html  # self-contained
+    for condition in ("threads", "torch", "commit", "seeds"):
+        assert f"<dt>{condition}</dt>" in html
+
+    before = {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
+    assert len(before) == 8
+    again = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
+    assert "8 of 8 runs are done already" in again.stdout
+    assert before == {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
+
+
+def test_a_run_that_diverges_is_a_result_and_is_shown(tmp_path):
+    arguments = [
+        "--optimizers",
+        "sgd:lr=1e30",
+        "kfbfgs:lr=1,damping=1",
+        *TINY,
+        "--seeds",
+        1,
+        "--out",
+        tmp_path,
+    ]
+    result = kfqn("race", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "1 diverged" in result.stdout
+    assert "is not finite" in (tmp_path / "race.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
+    arguments = [
+        "race",
+        "--optimizers",
+        "kfbfgs:lr=1,damping=1",
+        "--seeds",
+        1,
+        *TINY,
+        "--jobs",
+        2,
+        "--out",
+        tmp_path,
+    ]
+    run = Run.create(tmp_path / "runs", config(epochs=2))
+    run.checkpoint.write_bytes(b"not a checkpoint")
+    train(run, None)
+    assert run.end()["status"] == "failed"
+    assert "Traceback" in run.end()["traceback"]
+    result = kfqn(*arguments)
+    assert result.returncode == 1
+    assert "UnpicklingError" in result.stdout
+    run.checkpoint.unlink()
+    assert kfqn(*arguments).returncode == 0
+    assert run.end()["status"] == "finished"
+
+
+@pytest.mark.parametrize("entrant", entrants.ENTRANTS)
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, tmp_path, monkeypatch):
+    settings = {k: v[len(v) // 2] for k, v in entrants.ENTRANTS[entrant].grid.items()}
+    whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
+    train(whole, None)
+    assert whole.end()["status"] == "finished"
+
+    monkeypatch.setattr("kfqn.race.train.CHECKPOINT_SECONDS", 0.0)
+    cut = Run.create(tmp_path / "cut", config(entrant=entrant, settings=settings))
+    trainer, evaluate = Trainer(cut, None), Trainer.evaluate
+
+    def stop_at_three(self, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, epoch)
+
+    monkeypatch.setattr(Trainer, "evaluate", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(cut.epochs()) == 2
+    assert cut.checkpoint.exists()
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    train(cut, None)
+    assert without_clock(cut.records()) == without_clock(whole.records())
+    assert not cut.checkpoint.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path):
+    arguments = [
+        "race",
+        "--optimizers",
+        "sgd:lr=0.05",
+        "--epochs",
+        "40",
+        "--seeds",
+        "4",
+        "--jobs",
+        "2",
+        "--out",
+        ".",
+    ]
+    command = [sys.executable, "-m", "kfqn", *arguments]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(Run(p).epochs() for p in (tmp_path / "runs").glob("*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.strip() == "kfqn: interrupted; the same command goes on from here"
+    left = [p for p in tmp_path.rglob(".*") if p.is_file()]
+    assert not left, "half-written files"
+    for line in (p for f in tmp_path.rglob("epochs.jsonl") for p in f.read_text().splitlines()):
+        json.loads(line)
+
+
+def test_two_workers_never_do_one_run_twice(tmp_path):
+    run = Run.create(tmp_path, config())
+    with run.claimed() as ours:
+        assert ours
+        with Run(run.folder).claimed() as theirs:
+            assert not theirs
+    with run.claimed() as ours:
+        assert ours
+
+
+def test_the_table_is_made_from_the_files_alone(tmp_path):
+    """Three runs written by hand: the target is what all finished runs reach, medians and all."""
+    losses = {"kfbfgs": [0.5, 0.1, 0.02], "sgd": [0.9, 0.6, 0.3]}
+    standings = []
+    for entrant, values in losses.items():
+        runs = []
+        for seed in range(2):
+            run = Run.create(tmp_path, config(entrant=entrant, settings={"lr": 1.0}, seed=seed))
+            lines = [
+                {"epoch": k + 1, "train_loss": v, "test_error": v / 2, "seconds": 2.0 * (k + 1) + seed}
+                for k, v in enumerate(values)
+            ]
+            run.write([*lines, {"status": "finished", "warm_start_seconds": 0.5}])
+            runs.append(run)
+        standings.append(Standing(runs))
+    assert common_target(standings) == 0.3
+    first, second = rows(standings)
+    assert first.label == "KF-BFGS (lr 1)"
+    assert (first.epochs_to_target, first.seconds_to_target) == ("2", "4.50")
+    assert (second.epochs_to_target, second.seconds_to_target) == ("3", "6.50")
+    assert first.test_error == "1.00 ± 0.00"
+    assert first.seconds == "6.5"
+
+
+def test_the_best_of_a_sweep_is_the_lowest_loss_that_finished(tmp_path):
+    runs = []
+    for lr, loss, status in [(0.1, 0.5, "finished"), (1.0, 0.2, "finished"), (10.0, 0.01, "diverged")]:
+        run = Run.create(tmp_path, config(settings={"lr": lr, "damping": 1.0}))
+        run.write([{"epoch": 1, "train_loss": loss, "test_error": 0.1}, {"status": status, "reason": ""}])
+        runs.append(run)
+    result = outcome(runs)
+    assert result["best"] == {"kfbfgs": {"lr": 1.0, "damping": 1.0}}
+    assert [point["train_loss"] for point in result["points"]["kfbfgs"]] == [0.5, 0.2, None]
+
+
+def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
+    arguments = ["sweep", "--optimizers", "adam", "--epochs", 1, "--width", 2, "--train-size", 128]
+    result = kfqn(*arguments, "--out", tmp_path, "--save", tmp_path / "tuned.json")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
+    assert len(saved["points"]["adam"]) == len(entrants.ENTRANTS["adam"].points())
+    assert saved["best"]["adam"] in entrants.ENTRANTS["adam"].points()
+
+
+def test_the_committed_settings_are_the_best_of_the_committed_grid():
+    """tuned.json holds grid, outcome and choice; they must agree with each other and with the code."""
+    sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
+    assert set(sweeps["digits"]["best"]) == set(entrants.ENTRANTS)
+    for sweep in sweeps.values():
+        for name, best in sweep["best"].items():
+            grid = entrants.ENTRANTS[name].grid
+            assert {key: tuple(values) for key, values in sweep["grid"][name].items()} == dict(grid)
+            finished = [p for p in sweep["points"][name] if p["train_loss"] is not None]
+            assert len(sweep["points"][name]) == len(entrants.ENTRANTS[name].points())
+            lowest = min(finished, key=lambda p: p["train_loss"])
+            assert best == {key: lowest[key] for key in grid}
+
+
+# Wrong use: one line that says what to do, status 2.
+
+
+def one_line(result, *parts):
+    assert result.returncode == 2, result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in last
+
+
+def test_wrong_use_from_the_command_line(tmp_path):
+    one_line(kfqn("race", "--problem", "nothing"), "invalid choice: 'nothing'", "digits")
+    one_line(kfqn("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
+    one_line(kfqn("race", "--optimizers", "kfbfgs:lr"), "'lr' is not of the form key=value")
+    one_line(kfqn("race", "--optimizers", "kfbfgs:lr=1"), "kfbfgs takes the settings lr, damping, got lr")
+    one_line(kfqn("race", "--seeds", "0"), "argument --seeds: invalid positive value: '0'")
+    one_line(kfqn("race", "--train-size", "20"), "--train-size must be at least one batch, 128 here, got 20")
+    one_line(
+        kfqn("race", "--device", "toaster"), "--device toaster cannot be used", "leave it out for the CPU"
+    )
+    missing = kfqn(
+        "race", "--problem", "cifar10-allcnn", "--data-dir", tmp_path, "--optimizers", "sgd:lr=0.1"
+    )
+    one_line(missing, f"no CIFAR-10 in {tmp_path}: give --data-dir a folder")
+    (tmp_path / "file").write_text("in the way")
+    one_line(kfqn("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_help_is_instant_and_needs_no_torch():
+    code = (
+        "import sys\nfrom kfqn.race.cli import main\n"
+        "try: main(['race', '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--optimizers" in result.stdout
+
+
+def test_settings_that_no_sweep_has_found_are_asked_for():
+    with pytest.raises(
+        cli.Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."
+    ):
+        entrants.best_settings("elsewhere", "adam")
+
+
+# Models.
+
+
+def test_the_small_all_cnn_has_no_relu_on_its_logits():
+    model = small_all_cnn(classes=10)
+    assert model(torch.randn(50, 1, 8, 8)).min() < 0
+    assert [m.stride[0] for m in model if isinstance(m, torch.nn.Conv2d)] == [1, 1, 2, 1, 1, 1]
+
+
+def test_all_cnn_c_is_the_papers():
+    model = all_cnn_c(classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 1_369_738
+    convolutions = [m for m in model if isinstance(m, torch.nn.Conv2d)]
+    assert [m.stride[0] for m in convolutions] == [1, 1, 2, 1, 1, 2, 1, 1, 1]
+    assert [m.out_channels for m in convolutions] == [96, 96, 96, 192, 192, 192, 192, 192, 10]
+    assert max(m.in_channels * m.kernel_size[0] ** 2 + 1 for m in convolutions) == 1729
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert convolutions[1].weight.std().item() == pytest.approx((2 / (9 * 96)) ** 0.5, rel=0.02)
+    assert not convolutions[1].bias.any()
