@@ -70,18 +70,15 @@ def _observer(layer: Layer, seen: dict[Layer, Seen], inputs: bool) -> Observer:
                 f"{layer} ran twice in one pass, and layers used several times are not supported yet: "
                 "use a module of its own for each place, or freeze it with requires_grad_(False)."
             )
-        # Reduced at once: an in-place activation overwrites h next.
-        record = Seen(
-            a=a.detach().to(layer.dtype) if inputs else None,
-            h=mean_preactivation(h.detach().to(layer.dtype)),
-        )
-        seen[layer] = record
+        with torch.autocast(h.device.type, enabled=False):
+            mean = mean_preactivation(h.detach().to(layer.dtype))  # now: in-place ReLU overwrites h next
+        record = seen[layer] = Seen(a=a.detach().to(layer.dtype) if inputs else None, h=mean)
         if not h.requires_grad:  # weights frozen and nothing trainable below: the graph starts here
             h.add_(torch.zeros((), dtype=h.dtype, device=h.device, requires_grad=True))
-        h.register_hook(lambda gradient: _note_gradient(record, gradient, layer.dtype))
+        h.register_hook(lambda gradient: note(record, gradient))
+
+    def note(record: Seen, gradient: Tensor) -> None:
+        with torch.autocast(gradient.device.type, enabled=False):
+            record.Dh = mean_preactivation_gradient(gradient.to(layer.dtype))
 
     return observe
-
-
-def _note_gradient(record: Seen, gradient: Tensor, dtype: torch.dtype) -> None:
-    record.Dh = mean_preactivation_gradient(gradient.to(dtype))

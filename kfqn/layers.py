@@ -145,6 +145,9 @@ class ConvolutionLayer(Layer):
         sizes = zip(_padded_size(a, self.pad), self.kernel, self.stride, self.dilation, strict=True)
         return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
 
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pad, self.mode) if any(self.pad) else x
+
     def _windows(self, z: Tensor, T: tuple[int, ...]) -> Tensor:
         """A view (m, *Δ, *T) of the maps z (m, *Δ, *padded): z_k(n) where offset δ_k meets it at t."""
         maps, steps = z.stride()[1 : 1 + len(T)], z.stride()[1 + len(T) :]
@@ -155,7 +158,7 @@ class ConvolutionLayer(Layer):
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
         filters = v[: self.inputs].view(-1, math.prod(self.kernel)).T
-        z = F.pad((filters @ a.flatten(2)).unflatten(2, a.shape[2:]), self.pad, self.mode)
+        z = self._padded((filters @ a.flatten(2)).unflatten(2, a.shape[2:]))
         u = self._windows(z.unflatten(1, self.kernel), T).flatten(1, len(T)).sum(1)
         return u if self.bias is None else u + v[-1]
 
@@ -164,15 +167,14 @@ class ConvolutionLayer(Layer):
         z = u.new_zeros(len(u), *self.kernel, *_padded_size(a, self.pad))
         self._windows(z, T).copy_(u.view(len(u), *[1] * len(T), *T))
         if self.mode == "constant":
-            z = F.pad(z, [-p for p in self.pad])  # what falls on zeros counts for nothing
+            z = F.pad(z, [-p for p in self.pad]) if any(self.pad) else z  # padding counts for nothing
         else:
-            a = F.pad(a, self.pad, self.mode)
+            a = self._padded(a)
         sums = (z.flatten(1, len(T)).flatten(2) @ a.flatten(2).mT).sum(0).T.flatten()
         return sums if self.bias is None else torch.cat((sums, u.sum()[None]))
 
     def patches(self, a: Tensor) -> Tensor:
-        T = self.locations(a)
-        a = F.pad(a, self.pad, self.mode)
+        T, a = self.locations(a), self._padded(a)
         size = a.shape[2:]
         maps = a.reshape(-1, *[1] * len(T), *size).expand(-1, *self.kernel, *size)
         return self._with_ones(self._windows(maps, T).reshape(len(a), -1, math.prod(T)).mT)

@@ -37,7 +37,7 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     sy, Hy = s @ y, H @ y
     u = ((1 + (y @ Hy) / sy) / 2 * s - Hy) / sy
     su = torch.stack((s, u))
-    usable = (sy > 0) & (sy < math.inf) & su.isfinite().all()
+    usable = (sy > 0) & su.isfinite().all()
     su = torch.where(usable, su, 0.0)
     H.addmm_(su.T, su.flip(0))
     return usable

@@ -62,7 +62,7 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
     return torch.optim.Adam(model.parameters(), lr=settings["lr"], eps=eps, weight_decay=weight_decay)
 
 
-_SECOND_ORDER = {"lr": (1.0, 3.0, 10.0, 20.0, 40.0, 60.0, 100.0), "damping": (1.0, 10.0, 30.0, 100.0)}
+_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
 
 ENTRANTS = {
     entrant.name: entrant
@@ -73,13 +73,13 @@ ENTRANTS = {
             "sgd",
             "SGD-m",
             _sgd,
-            {"lr": tuple(round(10 ** (k / 8), 5) for k in range(-27, 1))},
+            {"lr": tuple(float(f"{0.003 * 100 ** (k / 19):.2g}") for k in range(20))},
         ),
         Entrant(
             "adam",
             "Adam",
             _adam,
-            {"lr": (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},
+            {"lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},
         ),
     )
 }

@@ -30,7 +30,7 @@ def all_cnn_c(classes: int, channels: int = 3, width: int = 96) -> nn.Sequential
     return model
 
 
-def small_all_cnn(classes: int, channels: int = 1, width: int = 48) -> nn.Sequential:
+def small_all_cnn(classes: int, channels: int = 1, width: int = 32) -> nn.Sequential:
     """All-CNN-C cut down for images of 8×8: six convolutions, one of stride 2, no ReLU on the logits."""
     w = width
     model = nn.Sequential(

@@ -59,9 +59,9 @@ PROBLEMS = {
             title="8×8 digits, small All-CNN",
             data=_digits,
             model=_small_all_cnn,
-            width=48,
-            epochs=14,
-            batch_size=128,
+            width=32,
+            epochs=28,
+            batch_size=256,
             weight_decay=0.0,
         ),
         Problem(

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,9 +143,7 @@ def write_atomically(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, moved over it at the end, or removed on an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
