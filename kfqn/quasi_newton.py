@@ -86,9 +86,10 @@ class KFBFGS(KFQN):
     Args:
         model: the network. Its trainable parameters must all belong to `Linear` layers on
             2-D input or to ungrouped `Conv1d`, `Conv2d` or `Conv3d` layers; frozen parameters are ignored.
-        lr: the learning rate α. Best values grow with the damping and lie far above those of
-            SGD; the paper's best on CIFAR-10 is 30 with damping 30.
-        damping: λ; λ_A = λ_G = √λ is added to both factors.
+        lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
+        damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
+            for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);
+            a step too large for its damping ends in NaN, so for another model try lr 10 and 3 too.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G).
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient, biases included.
@@ -104,8 +105,8 @@ class KFBFGS(KFQN):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.3,
-        damping: float = 1.0,
+        lr: float = 30.0,
+        damping: float = 30.0,
         *,
         beta: float = 0.9,
         mu1: float = 0.2,
@@ -137,8 +138,8 @@ class KFLBFGS(KFQN):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.3,
-        damping: float = 1.0,
+        lr: float = 30.0,
+        damping: float = 30.0,
         *,
         history_size: int = 100,
         beta: float = 0.9,

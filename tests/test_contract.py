@@ -46,7 +46,7 @@ def unchanged(before, after):
 def test_the_loss_falls(make, dtype):
     model = odd_cnn().to(dtype)
     ((x, target),) = batches((2, 6, 6), 1, size=17, dtype=dtype)
-    losses = train(model, make(model, lr=3.0), [(x, target)] * 60)
+    losses = train(model, make(model), [(x, target)] * 60)
     assert losses[-1] < 0.5 * losses[0]
     assert losses[0].dtype == dtype
 
@@ -115,6 +115,25 @@ def test_state_is_plain_tensors_under_the_weights(make):
     weights = [m.weight for m in model if hasattr(m, "weight")]
     assert list(optimizer.state) == weights
     assert all(type(v) is torch.Tensor for state in optimizer.state.values() for v in state.values())
+
+
+def test_statistics_are_float32_under_autocast(make):
+    """h is bfloat16 there, but its mean must not be: 1/m Σ h has more digits than h."""
+    model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1, size=65)
+    optimizer, outputs = make(model, beta=0.0), []
+    model[0].register_forward_hook(lambda *call: outputs.append(call[2].detach().double()))
+
+    def evaluate():
+        with torch.autocast("cpu", torch.bfloat16):
+            return closure(model, optimizer, x, target)()
+
+    with torch.no_grad():
+        model[0].bias += 1.0  # so that a bfloat16 mean would be 2⁻⁸ off
+    optimizer.step(evaluate)
+    state = optimizer.state[model[0].weight]
+    assert {v.dtype for v in state.values()} == {torch.float32}
+    change = (outputs[1] - outputs[0]).mean((0, 2, 3)).float()
+    torch.testing.assert_close(state["s_G"], change, rtol=1e-4, atol=1e-6)
 
 
 # The second pass leaves no trace.
