@@ -47,7 +47,7 @@ def damped_inverse(A: Tensor, damping: float) -> Tensor:
     By Cholesky factorisation, in float64 where the device has it, because A's condition
     costs digits and this is done once. Raises ValueError if A is not finite.
     """
-    exact = A.to(torch.float32 if A.device.type == "mps" else torch.float64)
+    exact = A.to(torch.float32 if A.device.type == "mps" else torch.float64, copy=True)
     exact.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(exact)
     if not A.isfinite().all() or info != 0:

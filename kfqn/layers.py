@@ -27,8 +27,9 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 class Layer(ABC):
     """A module with weight and bias, as one matrix W of shape (`rows`, `columns`) = (I, C).
 
-    ``weight`` stands for the whole layer: it is the key of the layer's optimizer state. ``dtype``
-    is what statistics and factors are kept in: the weight's type, but at least float32.
+    ``fan_in`` = J|Δ| of the columns are the weight's. ``weight`` stands for the whole layer: it is
+    the key of the layer's optimizer state. ``dtype`` is what statistics and factors are kept in:
+    the weight's type, but at least float32.
     """
 
     def __init__(self, name: str, module: nn.Linear | Convolution) -> None:
@@ -37,8 +38,8 @@ class Layer(ABC):
         self.weight: Tensor = module.weight
         self.bias: Tensor | None = module.bias
         self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        self.rows, self.inputs = len(module.weight), module.weight[0].numel()
-        self.columns = self.inputs + (module.bias is not None)
+        self.rows, self.fan_in = len(module.weight), module.weight[0].numel()  # I and J|Δ|
+        self.columns = self.fan_in + (module.bias is not None)
 
     def __str__(self) -> str:
         return f"'{self.name}' ({type(self.module).__name__})"
@@ -52,11 +53,19 @@ class Layer(ABC):
         return self._matrix(self.weight, self.bias)
 
     def DW(self) -> Tensor | None:
-        """The gradients as one matrix (I, C), on the scale of ``.grad``; None without any."""
-        if any(p.grad is None for p in self.parameters()):
+        """The gradients as one matrix (I, C), on the scale of ``.grad``; None without any.
+
+        Raises RuntimeError if only one of weight and bias has a gradient.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not gradients:
             return None
-        assert self.weight.grad is not None
-        return self._matrix(self.weight.grad, None if self.bias is None else self.bias.grad)
+        if len(gradients) < len(self.parameters()):
+            raise RuntimeError(
+                f"{self} got a gradient for only one of weight and bias, and the two form one matrix here: "
+                "freeze both or neither, before the optimizer is built."
+            )
+        return self._matrix(gradients[0], gradients[1] if len(gradients) > 1 else None)
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
@@ -64,9 +73,9 @@ class Layer(ABC):
 
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (I, C)."""
-        self.weight.add_(P[:, : self.inputs].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
+        self.weight.add_(P[:, : self.fan_in].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
         if self.bias is not None:
-            self.bias.add_(P[:, self.inputs].to(self.bias.dtype), alpha=alpha)
+            self.bias.add_(P[:, self.fan_in].to(self.bias.dtype), alpha=alpha)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
@@ -157,7 +166,7 @@ class ConvolutionLayer(Layer):
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
-        filters = v[: self.inputs].view(-1, math.prod(self.kernel)).T
+        filters = v[: self.fan_in].view(-1, math.prod(self.kernel)).T
         z = self._padded((filters @ a.flatten(2)).unflatten(2, a.shape[2:]))
         u = self._windows(z.unflatten(1, self.kernel), T).flatten(1, len(T)).sum(1)
         return u if self.bias is None else u + v[-1]
@@ -220,7 +229,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
                     "supported yet: give each its own, or freeze it with requires_grad_(False)."
                 )
             owner[own[key]] = name
-        layer = _layer(name, module)
+        layer = _layer(name, module) if own.keys() <= {"weight", "bias"} and "weight" in own else None
         if layer is None:
             raise ValueError(
                 f"{where} has a trainable {trainable[0]} that cannot be preconditioned yet (only "

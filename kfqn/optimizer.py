@@ -34,6 +34,10 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         super().__init__([p for layer in self._layers for p in layer.parameters()], defaults)
 
     @abstractmethod
+    def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in the layer's state."""
+
+    @abstractmethod
     def _start(self, layer: Layer, A: Tensor, group: Group) -> State:
         """The layer's state before its first step, from A = E_n[Σ_t a_t a_tᵀ], (C, C)."""
 
@@ -61,7 +65,8 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
 
         Returns the loss of the first call. Raises TypeError for a closure that is missing
         or returns no tensor, RuntimeError if no layer ran or none got a gradient, and
-        ValueError for an input of the wrong kind; weights and state are then as before.
+        ValueError for an input of the wrong kind; if the first call shows it, weights and state
+        are then as before. If the second call fails, the step is taken but H_G is not updated.
         """
         if not callable(closure):
             raise TypeError(
@@ -76,24 +81,36 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
                 f"the closure given to {self._name}.step must return the loss as a tensor, but "
                 f"returned {type(loss).__name__}: end it with 'return loss'."
             )
-        gradients = self._gradients(before)
-        starting = [layer for layer in gradients if layer.weight not in self.state]
-        self._start_layers({layer: second_moment(layer, before[layer].input()) for layer in starting})
-
-        group = self._group
-        for layer, DW in gradients.items():  # Algorithm 2, lines 6-9
-            layer.add_(self._direction(DW, self.state[layer.weight], group), alpha=-group["lr"])
-        for layer in gradients:  # lines 12-14; the pair is the first pass's, so its inputs can go
-            self._learn_A(layer, before[layer].input(), self.state[layer.weight], group)
-            before[layer].a = None
+        with torch.autocast(self._layers[0].weight.device.type, enabled=False):
+            gradients = self._gradients(before)
+            self._update(gradients, before)
         with second_pass(self._model, rewind), torch.enable_grad():  # line 10
             with capture(self._layers, inputs=False) as after:
                 closure()
-        for layer in gradients:  # lines 15-18
-            old, new = before[layer], after.get(layer)
-            if old.Dh is not None and new is not None and new.Dh is not None:
-                self._learn_G(new.h - old.h, new.Dh - old.Dh, self.state[layer.weight], group)
+        if not after:
+            raise RuntimeError(
+                f"the closure given to {self._name}.step ran no layer in its second call, so the step was "
+                "taken without learning from it: it must do the same both times."
+            )
+        with torch.autocast(self._layers[0].weight.device.type, enabled=False):
+            for layer in gradients:  # lines 15-18
+                old, new = before[layer], after.get(layer)
+                if old.Dh is not None and new is not None and new.Dh is not None:
+                    state = self.state[layer.weight]
+                    self._learn_G(new.h - old.h, new.Dh - old.Dh, state, self._group)
         return loss
+
+    def _update(self, gradients: dict[Layer, Tensor], before: dict[Layer, Seen]) -> None:
+        """Everything between the two passes; the inputs seen in the first are let go."""
+        starting = [layer for layer in gradients if layer.weight not in self.state]
+        self._start_layers({layer: second_moment(layer, before[layer].input()) for layer in starting})
+        group = self._group
+        for layer, DW in gradients.items():  # Algorithm 2, lines 6-9
+            layer.add_(self._direction(DW, self.state[layer.weight], group), alpha=-group["lr"])
+        for layer in gradients:  # lines 12-14, before line 10: the pair is the first pass's
+            self._learn_A(layer, before[layer].input(), self.state[layer.weight], group)
+        for seen in before.values():
+            seen.a = None
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any]) -> None:
@@ -101,8 +118,8 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
 
         ``batches`` yields inputs of the model: a tensor, or a tuple or list of positional
         arguments, the batch in the first dimension. The model runs forward in the mode
-        it is in; its buffers, BatchNorm's running statistics among them, do not move. Any
-        earlier state of the optimizer is dropped. Without a warm start, A comes from the first
+        it is in; its buffers, BatchNorm's running statistics among them, do not move. Earlier
+        state of the layers that ran is dropped. Without a warm start, A comes from the first
         mini-batch.
 
         Raises ValueError without batches, and RuntimeError if no layer ran; state is
@@ -115,11 +132,12 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
             for batch in batches:
                 count += 1
                 arguments = batch if isinstance(batch, tuple | list) else (batch,)
-                with torch.enable_grad(), capture(self._layers, inputs=True) as seen:
+                with capture(self._layers, inputs=True, gradients=False) as seen:
                     self._model(*arguments)
                 for layer, record in seen.items():
                     a = record.input()
-                    A = second_moment(layer, a).mul_(len(a))
+                    with torch.autocast(a.device.type, enabled=False):
+                        A = second_moment(layer, a).mul_(len(a))
                     sums[layer] = sums[layer].add_(A) if layer in sums else A
                     data[layer] = data.get(layer, 0) + len(a)
         if count == 0:
@@ -135,15 +153,30 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         """Load state saved by `state_dict`: copied, and in each layer's own `dtype`.
 
         torch would cast the factors to the weight's type, which loses half their digits for
-        a bfloat16 weight, and would share their memory with ``state_dict``.
+        a bfloat16 weight, and would share their memory with ``state_dict``. Raises ValueError, with
+        nothing changed, for the state of another method or another model.
         """
-        super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         layers = {layer.weight: layer for layer in self._layers}
-        for i, p in zip(saved, parameters, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
+        states = {p: state_dict["state"].get(i, {}) for i, p in zip(saved, parameters, strict=False)}
+        for p, state in states.items():
+            if state:
+                self._check_state(layers.get(p), state, state_dict["param_groups"][0])
+        super().load_state_dict(state_dict)
+        for p, state in states.items():
+            for key, value in state.items():
                 self.state[p][key] = value.to(p.device, layers[p].dtype, copy=True)
+
+    def _check_state(self, layer: Layer | None, state: State, group: Group) -> None:
+        """Raise ValueError unless the saved state is of this optimizer and of this layer's shape."""
+        saved = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+        expected = {} if layer is None or "lr" not in group else self._shapes(layer, group)
+        if saved != expected:
+            raise ValueError(
+                f"this state is not {self._name}'s for {layer or 'a bias'}: it holds {saved} where "
+                f"{expected} belongs; load it into the optimizer and model it was saved from."
+            )
 
     def add_param_group(self, param_group: Group) -> None:
         """Refused once the optimizer stands: its layers come from the model."""
@@ -162,8 +195,8 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
     def _nothing_ran(self) -> str:
         return (
             f"{self._name} saw no forward pass through any of its {len(self._layers)} layers, the first "
-            f"being {self._layers[0]}: run the very model the optimizer was built with, and if it is "
-            "compiled, build the optimizer first or call torch._dynamo.reset()."
+            f"being {self._layers[0]}: run the very model the optimizer was built with, and if it has been "
+            "compiled and run before, call torch._dynamo.reset() first: compiled code ignores new hooks."
         )
 
     @property
@@ -206,5 +239,5 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False) -> None:
     """Raise ValueError unless low < value < high, or low ≤ value < high if ``closed``."""
     if not (low <= value < high if closed else low < value < high):
-        bounds = f"{'>=' if closed else '>'} {low:g}" + ("" if high == math.inf else f" and < {high:g}")
+        bounds = f"{'>=' if closed else '>'} {low:g} and " + ("finite" if high == math.inf else f"< {high:g}")
         raise ValueError(f"{name} must be {bounds}, got {value}.")

@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from typing import final
 
-import torch
 from torch import Tensor, nn
 
 from kfqn.curvature import damped_inverse, mean_activation, second_moment_matvec
@@ -21,8 +20,12 @@ class KFQN(TwoPassOptimizer):
     """
 
     @abstractmethod
-    def _start_G(self, layer: Layer, group: Group) -> State:
-        """The part of the state that stands for H_G = I."""
+    def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
+        """The shapes of what the state holds of H_G."""
+
+    @abstractmethod
+    def _start_G(self, zeros: State) -> None:
+        """Turn ``zeros`` of those shapes into H_G = I, in place."""
 
     @abstractmethod
     def _H_G(self, state: State, V: Tensor) -> Tensor:
@@ -32,14 +35,16 @@ class KFQN(TwoPassOptimizer):
     def _update_G(self, state: State, s: Tensor, y: Tensor) -> None:
         """Update H_G with a damped pair (line 18)."""
 
+    def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
+        rows, columns = layer.rows, layer.columns
+        shapes = {"DW": (rows, columns), "H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,)}
+        return shapes | self._shapes_G(layer, group)
+
     def _start(self, layer: Layer, A: Tensor, group: Group) -> State:  # line 2
-        lambda_A = math.sqrt(group["damping"])
-        return {
-            "DW": A.new_zeros(layer.rows, layer.columns),
-            "H_A": damped_inverse(A, lambda_A),
-            "s_G": A.new_zeros(layer.rows),
-            "y_G": A.new_zeros(layer.rows),
-        } | self._start_G(layer, group)
+        H_A = damped_inverse(A, math.sqrt(group["damping"]))
+        state = {key: A.new_zeros(shape) for key, shape in self._shapes(layer, group).items() if key != "H_A"}
+        self._start_G(state)
+        return state | {"H_A": H_A}
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
         average = state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
@@ -114,8 +119,11 @@ class KFBFGS(KFQN):
     ) -> None:
         super().__init__(model, _checked(lr, damping, beta, mu1, weight_decay))
 
-    def _start_G(self, layer: Layer, group: Group) -> State:
-        return {"H_G": torch.eye(layer.rows, dtype=layer.dtype, device=layer.weight.device)}
+    def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
+        return {"H_G": (layer.rows, layer.rows)}
+
+    def _start_G(self, zeros: State) -> None:
+        zeros["H_G"].fill_diagonal_(1)
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return state["H_G"] @ V
@@ -151,10 +159,11 @@ class KFLBFGS(KFQN):
         defaults = _checked(lr, damping, beta, mu1, weight_decay)
         super().__init__(model, defaults | {"history_size": history_size})
 
-    def _start_G(self, layer: Layer, group: Group) -> State:
-        shape = (group["history_size"], layer.rows)
-        device = layer.weight.device
-        return {key: torch.zeros(shape, dtype=layer.dtype, device=device) for key in ("S", "Y")}
+    def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))
+
+    def _start_G(self, zeros: State) -> None:
+        """An empty history already stands for I."""
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return lbfgs_matmul(state["S"], state["Y"], V)

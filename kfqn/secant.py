@@ -31,13 +31,13 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     With u = ρ (½ (1 + ρ yᵀHy) s − Hy), eq. (9) reads H⁺ = H + s uᵀ + u sᵀ: one pass over
     H, and ρ² is never formed (it overflows in float32 for pairs that are merely small).
 
-    Returns a boolean scalar tensor: False, and H is untouched, unless sᵀy is positive
-    and the whole update finite.
+    Returns a boolean scalar tensor: False, and H is untouched, unless sᵀy is positive (and large
+    enough to be accurate) and s and u are finite.
     """
     sy, Hy = s @ y, H @ y
     u = ((1 + (y @ Hy) / sy) / 2 * s - Hy) / sy
     su = torch.stack((s, u))
-    usable = (sy > 0) & su.isfinite().all()
+    usable = (sy > _smallest(sy.dtype)) & su.isfinite().all()
     su = torch.where(usable, su, 0.0)
     H.addmm_(su.T, su.flip(0))
     return usable
@@ -50,10 +50,10 @@ def lbfgs_push_(S: Tensor, Y: Tensor, s: Tensor, y: Tensor) -> Tensor:
     place not yet filled.
 
     Returns a boolean scalar tensor: False, and the history is untouched, unless sᵀy is
-    positive and the pair finite.
+    positive (and large enough to be accurate) and finite, and so are s and y.
     """
     sy = s @ y
-    usable = (sy > 0) & (sy < math.inf) & torch.stack((s, y)).isfinite().all()
+    usable = (sy > _smallest(sy.dtype)) & (sy < math.inf) & torch.stack((s, y)).isfinite().all()
     S.copy_(torch.where(usable, torch.cat((S[1:], s[None])), S))
     Y.copy_(torch.where(usable, torch.cat((Y[1:], y[None])), Y))
     return usable
@@ -74,3 +74,8 @@ def lbfgs_matmul(S: Tensor, Y: Tensor, V: Tensor) -> Tensor:
     middle = D[:, None] * RSV + Y @ (Y.T @ RSV) - Y @ V
     correction: Tensor = S.T @ torch.linalg.solve_triangular(R.T, middle, upper=False) - Y.T @ RSV
     return V + correction
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """A sum of products this small still has all its digits; below, averages that only decay would count."""
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps

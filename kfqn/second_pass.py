@@ -1,4 +1,4 @@
-"""A forward-backward pass that leaves no trace in the model, for lines 10 of Algorithm 2."""
+"""A forward-backward pass that leaves no trace in the model, for line 10 of Algorithm 2."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -56,8 +56,9 @@ def second_pass(model: nn.Module, rewind: Rewind) -> Iterator[None]:
 @contextlib.contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Put every buffer of the model back afterwards: the same tensor with the same content."""
-    before: list[tuple[nn.Module, str, Tensor, Tensor]] = [
-        (module, name, buffer, buffer.clone())
+    # Version counters do not tell which buffers moved: BatchNorm's kernels do not count.
+    before = [
+        (module, name, buffer, None if _is_expanded(buffer) else buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
@@ -66,5 +67,12 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, content in before:
-                setattr(module, name, buffer)
-                buffer.copy_(content)
+                if content is not None:
+                    buffer.copy_(content)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether entries share memory, so that nothing can have written to it."""
+    return any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True))

@@ -57,6 +57,21 @@ def test_settings_are_read_at_every_step():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_damping_and_weight_decay_are_read_at_every_step():
+    model, data = mlp(), batches((5,), 4)
+    settings = {"lr": 0.5, "damping": 0.3, "beta": 0.9, "mu1": 0.2, "weight_decay": 0.0}
+    reference = oracle.Algorithm2(model, F.cross_entropy, **settings)
+    optimizer = kfqn.KFBFGS(model, **settings)
+    for k, (x, target) in enumerate(data):
+        if k == 2:
+            optimizer.param_groups[0].update(damping=4.0, weight_decay=0.1)
+            reference.lam, reference.decay = 2.0, 0.1
+        reference.step(x, target)
+        optimizer.step(closure(model, optimizer, x, target))
+    for W, module in zip(reference.W, (model[0], model[2]), strict=True):
+        torch.testing.assert_close(oracle.matrix(module), W, rtol=1e-9, atol=1e-12)
+
+
 def test_quadratic_regression_is_solved_where_the_approximation_is_exact():
     """A linear model, one location: with f = ½‖Wa − y‖², G = I, and H_A is the whole inverse."""
     model = torch.nn.Linear(4, 2, bias=False)
