@@ -1,6 +1,7 @@
 """The race end to end, as a user runs it: real processes, real files, the command line itself."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfqn.race import cli, entrants
+from kfqn.race import cli, entrants, problems, workers
 from kfqn.race.models import all_cnn_c, small_all_cnn
+from kfqn.race.report import losses_of
 from kfqn.race.runs import Config, Run
 from kfqn.race.summary import Standing, common_target, rows
 from kfqn.race.sweep import outcome
 from kfqn.race.train import Trainer, train
 
-TINY = ["--epochs", "2", "--width", "4", "--train-size", "300"]
+BATCH = problems.PROBLEMS["digits"].batch_size
+TINY = ["--epochs", "2", "--width", "4", "--train-size", "600"]
 
 
 def kfqn(*arguments, **options):
@@ -39,9 +42,9 @@ def config(**changes):
         "seed": 0,
         "epochs": 3,
         "width": 4,
-        "batch_size": 128,
+        "batch_size": BATCH,
         "weight_decay": 0.0,
-        "train_size": 300,
+        "train_size": 600,
         "device": "cpu",
         "threads": 1,
     }
@@ -175,14 +178,51 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path):
         json.loads(line)
 
 
-def test_two_workers_never_do_one_run_twice(tmp_path):
-    run = Run.create(tmp_path, config())
+def test_a_claimed_run_is_left_to_its_owner(tmp_path):
+    run = Run.create(tmp_path, config(epochs=1))
     with run.claimed() as ours:
         assert ours
         with Run(run.folder).claimed() as theirs:
             assert not theirs
-    with run.claimed() as ours:
-        assert ours
+        workers.do([run], 1, None, lambda: None)  # another process, which must not touch it
+        assert run.end() is None
+    workers.do([run], 1, None, lambda: None)
+    assert run.end()["status"] == "finished"
+
+
+def test_two_commands_share_one_race(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "kfqn",
+        "race",
+        *TINY,
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    ends = [Run(folder).end() for folder in (tmp_path / "runs").iterdir()]
+    assert [end["status"] for end in ends] == ["finished"] * 8
+    # Whoever is done first may report what the other one still has in hand as unfinished.
+    assert any("was first at the common target" in output for output in outputs)
+
+
+def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
+    def kill():
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    run = Run.create(tmp_path, config(epochs=1))
+    workers.do([run], 1, None, kill)
+    assert run.end() is None
+    ((name, reason, _),) = losses_of([run])
+    assert name == run.folder.name
+    assert "its process was killed" in reason
 
 
 def test_the_table_is_made_from_the_files_alone(tmp_path):
@@ -209,6 +249,26 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
     assert first.seconds == "6.5"
 
 
+def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
+    standings = []
+    for entrant, ends in {"sgd": ["finished"] * 3, "adam": ["finished", "diverged", "failed"]}.items():
+        runs = [Run.create(tmp_path, config(entrant=entrant, settings={"lr": 1.0}, seed=k)) for k in range(3)]
+        for run, status in zip(runs, ends, strict=True):
+            record = {
+                "epoch": 1,
+                "train_loss": 0.1 if entrant == "adam" else 0.2,
+                "test_error": 0.5,
+                "seconds": 1.0,
+            }
+            run.write([record, {"status": status, "reason": ""}])
+        standings.append(Standing(runs))
+    assert common_target(standings) == 0.2
+    first, second = rows(standings)
+    assert first.label == "SGD-m (lr 1)"
+    assert second.seconds_to_target == "–"
+    assert second.lost == "1 diverged, 1 failed"
+
+
 def test_the_best_of_a_sweep_is_the_lowest_loss_that_finished(tmp_path):
     runs = []
     for lr, loss, status in [(0.1, 0.5, "finished"), (1.0, 0.2, "finished"), (10.0, 0.01, "diverged")]:
@@ -221,10 +281,15 @@ def test_the_best_of_a_sweep_is_the_lowest_loss_that_finished(tmp_path):
 
 
 def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
-    arguments = ["sweep", "--optimizers", "adam", "--epochs", 1, "--width", 2, "--train-size", 128]
+    arguments = ["sweep", "--optimizers", "adam", "--epochs", 1, "--width", 2, "--train-size", BATCH]
     result = kfqn(*arguments, "--out", tmp_path, "--save", tmp_path / "tuned.json")
     assert result.returncode == 0, result.stderr
+    other = kfqn(
+        "sweep", "--optimizers", "sgd", *arguments[3:], "--out", tmp_path, "--save", tmp_path / "tuned.json"
+    )
+    assert other.returncode == 0, other.stderr
     saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
+    assert set(saved["best"]) == {"adam", "sgd"}  # the second sweep has not replaced the first
     assert len(saved["points"]["adam"]) == len(entrants.ENTRANTS["adam"].points())
     assert saved["best"]["adam"] in entrants.ENTRANTS["adam"].points()
 
@@ -233,7 +298,10 @@ def test_the_committed_settings_are_the_best_of_the_committed_grid():
     """tuned.json holds grid, outcome and choice; they must agree with each other and with the code."""
     sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
     assert set(sweeps["digits"]["best"]) == set(entrants.ENTRANTS)
-    for sweep in sweeps.values():
+    for name, sweep in sweeps.items():
+        problem = problems.PROBLEMS[name]
+        for key in ("width", "batch_size", "epochs", "weight_decay"):
+            assert sweep["problem"][key] == getattr(problem, key)
         for name, best in sweep["best"].items():
             grid = entrants.ENTRANTS[name].grid
             assert {key: tuple(values) for key, values in sweep["grid"][name].items()} == dict(grid)
@@ -259,10 +327,15 @@ def one_line(result, *parts):
 def test_wrong_use_from_the_command_line(tmp_path):
     one_line(kfqn("race", "--problem", "nothing"), "invalid choice: 'nothing'", "digits")
     one_line(kfqn("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
-    one_line(kfqn("race", "--optimizers", "kfbfgs:lr"), "'lr' is not of the form key=value")
-    one_line(kfqn("race", "--optimizers", "kfbfgs:lr=1"), "kfbfgs takes the settings lr, damping, got lr")
-    one_line(kfqn("race", "--seeds", "0"), "argument --seeds: invalid positive value: '0'")
-    one_line(kfqn("race", "--train-size", "20"), "--train-size must be at least one batch, 128 here, got 20")
+    one_line(kfqn("race", "--optimizers", "kfbfgs:lr"), "kfbfgs takes lr=...,damping=..., got 'lr'")
+    one_line(kfqn("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
+    one_line(kfqn("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
+    one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=..., got 'lr=1,lr=2'")
+    one_line(kfqn("race", "--optimizers", "kfbfgs:lr=1"), "kfbfgs takes lr=...,damping=..., got 'lr=1'")
+    one_line(kfqn("race", "--seeds", "0"), "argument --seeds: must be a whole number >= 1, got '0'")
+    one_line(
+        kfqn("race", "--train-size", "20"), f"--train-size must be at least one batch, {BATCH} here, got 20"
+    )
     one_line(
         kfqn("race", "--device", "toaster"), "--device toaster cannot be used", "leave it out for the CPU"
     )
@@ -271,6 +344,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(missing, f"no CIFAR-10 in {tmp_path}: give --data-dir a folder")
     (tmp_path / "file").write_text("in the way")
+    one_line(kfqn("sweep", "--save", tmp_path / "file"), "cannot save to", "choose another file with --save")
     one_line(kfqn("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
@@ -290,7 +364,7 @@ def test_settings_that_no_sweep_has_found_are_asked_for():
     with pytest.raises(
         cli.Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."
     ):
-        entrants.best_settings("elsewhere", "adam")
+        entrants.best_settings("elsewhere", "adam", Path("none"))
 
 
 # Models.

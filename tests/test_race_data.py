@@ -88,7 +88,15 @@ def test_a_missing_or_damaged_file_is_one_line_that_says_what_to_do(pixels, tmp_
         cifar.cifar10(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "cifar-10-binary.tar.gz").write_bytes(b"not an archive")
-    with pytest.raises(Failure, match="delete the archive and get it again"):
+    with pytest.raises(Failure, match="delete it and get it again"):
+        cifar.cifar10(tmp_path / "other")
+    archive = tmp_path / "other" / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-bin")
+    with pytest.raises(Failure, match=r"holds no data_batch_3.bin"):
+        cifar.cifar10(tmp_path / "other")
+    archive.write_bytes(archive.read_bytes()[:2000] + bytes(500))
+    with pytest.raises(Failure, match="delete it and get it again"):
         cifar.cifar10(tmp_path / "other")
 
 

@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def cifar10(data_dir: Path) -> Dataset:
         std=(0.2023, 0.1994, 0.2010),
         crop_padding=4,
     )
+
+
+def found(data_dir: Path) -> bool:
+    """Whether `find` finds anything in ``data_dir``."""
+    try:
+        find(data_dir)
+    except Failure:
+        return False
+    return True
 
 
 def find(data_dir: Path) -> tuple[str, ReadFile]:
@@ -114,16 +124,20 @@ def _folder_reader(folder: Path) -> ReadFile:
 
 
 def _archive_reader(archive: Path, folder: str) -> ReadFile:
+    files: dict[str, bytes] = {}  # all of them, at the first read: unpacking takes seconds
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.name.startswith(f"{folder}/") else None
+                if content is not None:
+                    files[member.name.removeprefix(f"{folder}/")] = content.read()
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise Failure(f"cannot read {archive} ({error}): delete it and get it again.") from error
+
     def read(name: str) -> bytes:
-        try:
-            with tarfile.open(archive) as tar:
-                member = tar.extractfile(f"{folder}/{name}")
-                assert member is not None
-                return member.read()
-        except (OSError, EOFError, KeyError, tarfile.TarError) as error:
-            raise Failure(
-                f"cannot read {name} in {archive} ({error}): delete the archive and get it again."
-            ) from error
+        if name not in files:
+            raise Failure(f"{archive} holds no {name}: delete it and get it again.")
+        return files[name]
 
     return read
 

@@ -1,6 +1,8 @@
 """The command line: ``kfqn race`` and ``kfqn sweep``. Nothing heavy is imported before there is work."""
 
 import argparse
+import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -102,10 +104,9 @@ def add_common(command: argparse.ArgumentParser, seeds: int) -> None:
 
 def positive(text: str) -> int:
     """A whole number ≥ 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
 
 
 def entrant(text: str) -> tuple[str, Settings | None]:
@@ -115,22 +116,28 @@ def entrant(text: str) -> tuple[str, Settings | None]:
         raise argparse.ArgumentTypeError(f"no optimizer {name!r} (choose from {', '.join(ENTRANTS)})")
     if not rest:
         return name, None
-    try:
-        settings = {key: float(value) for key, value in (item.split("=") for item in rest.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{rest!r} is not of the form key=value,key=value") from None
+    pairs = [item.partition("=") for item in rest.split(",")]
     keys = list(ENTRANTS[name].grid)
-    if sorted(settings) != sorted(keys):
+    if sorted(key for key, _, _ in pairs) != sorted(keys):
         raise argparse.ArgumentTypeError(
-            f"{name} takes the settings {', '.join(keys)}, got {', '.join(settings)}"
+            f"{name} takes {','.join(f'{key}=...' for key in keys)}, got {rest!r}"
         )
+    try:
+        settings = {key: float(value) for key, _, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rest!r} is not of the form key=number,key=number") from None
+    if not all(0 < value < math.inf for value in settings.values()):
+        raise argparse.ArgumentTypeError(f"settings must be > 0 and finite, got {rest!r}")
     return name, {key: settings[key] for key in keys}
 
 
 def command_race(options: argparse.Namespace) -> int:
     """``kfqn race``."""
+    check_installed()
+    sweep = output_folder(options) / "sweep.json"
     field = [
-        (name, settings or best_settings(options.problem, name)) for name, settings in options.optimizers
+        (name, settings or best_settings(options.problem, name, sweep))
+        for name, settings in options.optimizers
     ]
     runs, console = do_runs(options, field)
     from kfqn.race.report import write_report
@@ -141,11 +148,14 @@ def command_race(options: argparse.Namespace) -> int:
 
 def command_sweep(options: argparse.Namespace) -> int:
     """``kfqn sweep``."""
+    check_installed()
+    from kfqn.race.sweep import load, outcome, print_outcome, save
+
+    path = options.save or output_folder(options) / "sweep.json"
+    load(path)
     field = [(name, settings) for name in options.optimizers for settings in ENTRANTS[name].points()]
     runs, console = do_runs(options, field)
-    from kfqn.race.sweep import outcome, print_outcome, save
-
-    result, path = outcome(runs), options.save or output_folder(options) / "sweep.json"
+    result = outcome(runs)
     save(result, options.problem, path)
     print_outcome(result, console)
     console.print(f"saved to {path}", highlight=False, soft_wrap=True)
@@ -155,41 +165,39 @@ def command_sweep(options: argparse.Namespace) -> int:
 def do_runs(
     options: argparse.Namespace, field: Sequence[tuple[str, Settings]]
 ) -> tuple[list["Run"], "Console"]:
-    """Every entrant of the field with every seed, done or done before, watched while it lasts."""
-    problem = PROBLEMS[options.problem]
-    try:
-        from rich.console import Console
+    """Every entrant of the field with every seed, done now or before, watched while it lasts."""
+    from rich.console import Console
 
-        from kfqn.race import runs as files
-        from kfqn.race import watch, workers
-    except ModuleNotFoundError as error:
-        raise Failure(f"{error.name} is missing: install the race with pip install 'kfqn[race]'.") from None
+    from kfqn.race import runs as files
+    from kfqn.race import watch, workers
+
+    problem = PROBLEMS[options.problem]
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no edge to fold at
     check_scale(options, problem)
     jobs = options.jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
+    files.check_writable(output_folder(options))
     data_dir = data_folder(options, console) if problem.downloads else None
-    runs = [
-        files.Run.create(
-            output_folder(options) / "runs",
-            files.Config(
-                problem=problem.name,
-                entrant=name,
-                settings=dict(settings),
-                seed=seed,
-                epochs=options.epochs or problem.epochs,
-                width=options.width or problem.width,
-                batch_size=problem.batch_size,
-                weight_decay=problem.weight_decay,
-                train_size=options.train_size,
-                device=options.device,
-                threads=1 if jobs > 1 else os.cpu_count() or 1,
-            ),
+    configs = [
+        files.Config(
+            problem=problem.name,
+            entrant=name,
+            settings=dict(settings),
+            seed=seed,
+            epochs=options.epochs or problem.epochs,
+            width=options.width or problem.width,
+            batch_size=problem.batch_size,
+            weight_decay=problem.weight_decay,
+            train_size=options.train_size,
+            device=options.device,
+            threads=1 if jobs > 1 else os.cpu_count() or 1,
         )
         for seed in range(options.seeds)
         for name, settings in field
     ]
+    distinct = {config.identity: config for config in configs}
+    runs = [files.Run.create(output_folder(options) / "runs", config) for config in distinct.values()]
     for run in runs:
         run.forget_failure()
     known = sum(run.end() is not None for run in runs)
@@ -200,6 +208,13 @@ def do_runs(
     with watch.live_view(runs, console) as update:
         workers.do(runs, jobs, data_dir, update)
     return runs, console
+
+
+def check_installed() -> None:
+    """Failure for a missing package, now and not after an hour of training."""
+    for module in ("filelock", "jinja2", "matplotlib", "numpy", "rich", "sklearn", "torch"):
+        if importlib.util.find_spec(module) is None:
+            raise Failure(f"{module} is missing: install the race with pip install 'kfqn[race]'.")
 
 
 def check_scale(options: argparse.Namespace, problem: Problem) -> None:
@@ -231,12 +246,10 @@ def data_folder(options: argparse.Namespace, console: "Console") -> Path:
     from kfqn.race import cifar
 
     if options.data_dir is not None:
-        cifar.find(options.data_dir)
+        cifar.cifar10(options.data_dir)  # every file once, so that what is wrong is said before any run
         folder: Path = options.data_dir
         return folder
-    try:
-        cifar.find(DEFAULT_DATA)
-    except Failure:
+    if not cifar.found(DEFAULT_DATA):
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -16,10 +16,13 @@ from kfqn.race.summary import HEADINGS, Row, Standing, common_target, rows
 
 EXPLANATION = (
     "Means over the seeds, ± the standard error. Training loss: of the final weights, over the training "
-    "images without augmentation. Target: the lowest training loss that every finished run reached at the "
-    "end of an epoch; epochs and seconds to it are medians. Seconds are training alone: neither evaluation "
-    "nor the warm start is in them."
+    "images without augmentation. Target: the lowest training loss that every optimizer reached at the end "
+    "of an epoch in the median over its seeds; epochs and seconds to it are medians too. Seconds are "
+    "training alone: neither evaluation nor the warm start is in them."
 )
+
+
+UNFINISHED = "unfinished: its process was killed, or another command is doing it; run the same command again"
 
 
 def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
@@ -42,8 +45,8 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     write_atomically(out / "race.html", html)
     print_table(table, title, console)
     console.print(verdict(table, common_target(standings)))
-    for name, reason in losses_of(runs):
-        console.print(f"{name}: {reason.splitlines()[0]}", style="red", highlight=False, markup=False)
+    for name, reason, _ in losses_of(runs):
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
 
 
@@ -79,13 +82,13 @@ def verdict(table: Sequence[Row], target: float) -> str:
     return f"{first}: after {done[0].seconds_to_target} s, before {second}."
 
 
-def losses_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Every run that did not finish, and why."""
+def losses_of(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Every run that did not finish: its name, why, and the traceback of a failed one."""
     ends = [(run, run.end()) for run in runs]
     return [
-        (run.config.identity, end.get("traceback") or end["reason"])
+        (run.config.identity, UNFINISHED if end is None else end["reason"], (end or {}).get("traceback", ""))
         for run, end in ends
-        if end is not None and end["status"] != "finished"
+        if end is None or end["status"] != "finished"
     ]
 
 

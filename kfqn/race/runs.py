@@ -56,13 +56,8 @@ class Run:
     def create(cls, parent: Path, config: Config) -> "Run":
         """The run with this configuration, old or new; Failure if it cannot be written."""
         run = cls(parent / config.identity)
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-        except OSError as error:
-            raise Failure(
-                f"cannot write to {parent} ({error.strerror}): choose another folder with --out."
-            ) from error
+        check_writable(run.folder)
+        write_atomically(run.folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
         return run
 
     @property
@@ -105,9 +100,7 @@ class Run:
         )
 
     def fraction(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        if self.end() is not None:
-            return 1.0
+        """How much of an unfinished run is done, 0 to 1."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return float((self.folder / "progress").read_text())
         return 0.0
@@ -132,6 +125,19 @@ class Run:
             yield True
         finally:
             lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be; Failure if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "probe") as partial:
+            partial.touch()
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise Failure(
+            f"cannot write to {folder} ({error.strerror}): choose another folder with --out."
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -48,21 +48,33 @@ class Standing:
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
         return Curve(values.mean(axis=0), spread / math.sqrt(len(values)))
 
+    @property
+    def lowest(self) -> float:
+        """The lowest training loss at the end of any epoch: the median over the seeds, a lost one at ∞."""
+        losses = [min(record["train_loss"] for record in run) for run in self.epochs]
+        return float(np.median(losses + [math.inf] * (len(self.ends) - len(self.epochs))))
+
     def reached(self, target: float, key: str) -> float:
-        """The median over the seeds of ``key`` where the training loss first is at ``target`` or below."""
+        """``key`` where the training loss first is at ``target`` or below: the median over the seeds.
+
+        A run that never is there, or is lost, counts as infinite.
+        """
         firsts = [next((r[key] for r in run if r["train_loss"] <= target), math.inf) for run in self.epochs]
-        return float(np.median(firsts)) if firsts else math.inf
+        return float(np.median(firsts + [math.inf] * (len(self.ends) - len(self.epochs))))
 
     @property
     def warm_start_seconds(self) -> float:
-        """Mean seconds of the warm start, which are in no other figure."""
-        return float(np.mean([end.get("warm_start_seconds", 0.0) for end in self.ends]))
+        """Mean seconds of the warm start, which are in no other figure; 0 for a method without."""
+        seconds = [end["warm_start_seconds"] for end in self.ends if "warm_start_seconds" in end]
+        return float(np.mean(seconds)) if seconds else 0.0
 
 
 def common_target(standings: Sequence[Standing]) -> float:
-    """The lowest training loss that every finished run has reached by the end of some epoch."""
-    lowest = [min(r["train_loss"] for r in run) for standing in standings for run in standing.epochs]
-    return max(lowest, default=math.nan)
+    """The lowest training loss that every entrant has reached, each in the median over its seeds.
+
+    An entrant that lost most of its runs has no say in it; NaN if all have.
+    """
+    return max((s.lowest for s in standings if math.isfinite(s.lowest)), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -104,15 +116,20 @@ def _row(standing: Standing, target: float) -> Row:
     if not standing.epochs:
         return Row(standing.label, "–", "–", "–", "–", "–", "–", "–", standing.lost)
     loss, error, seconds = (standing.curve(key) for key in ("train_loss", "test_error", "seconds"))
-    warm = standing.warm_start_seconds
+    epochs, time, warm = (
+        standing.reached(target, "epoch"),
+        standing.reached(target, "seconds"),
+        standing.warm_start_seconds,
+    )
+    several = len(standing.epochs) > 1
     return Row(
         label=standing.label,
-        train_loss=f"{loss.mean[-1]:.3g} ± {loss.error[-1]:.1g}",
-        test_error=f"{100 * error.mean[-1]:.2f} ± {100 * error.error[-1]:.2f}",
+        train_loss=f"{loss.mean[-1]:.3g}" + f" ± {loss.error[-1]:.1g}" * several,
+        test_error=f"{100 * error.mean[-1]:.2f}" + f" ± {100 * error.error[-1]:.2f}" * several,
         seconds=f"{seconds.mean[-1]:.1f}",
         seconds_per_epoch=f"{seconds.mean[-1] / len(seconds.mean):.2f}",
-        epochs_to_target=f"{standing.reached(target, 'epoch'):g}",
-        seconds_to_target=f"{standing.reached(target, 'seconds'):.2f}",
+        epochs_to_target=f"{epochs:g}" if math.isfinite(epochs) else "–",
+        seconds_to_target=f"{time:.2f}" if math.isfinite(time) else "–",
         warm_start_seconds=f"{warm:.2f}" if warm else "–",
         lost=standing.lost or "–",
     )

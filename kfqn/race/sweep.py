@@ -1,6 +1,6 @@
 """Try every point of every entrant's grid on a problem, and keep what was best.
 
-Best is the smallest training loss at the end of any epoch, as the paper chooses; a run
+Best is the smallest training loss at the end of any epoch, the mean over the seeds; a run
 that diverged is never best. Exact ties go to the first point of the grid.
 """
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kfqn.race.entrants import ENTRANTS
+from kfqn.race.failure import Failure
 from kfqn.race.runs import Run, write_atomically
 
 
@@ -64,9 +65,26 @@ def _best(points: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, fl
     return dict(zip(keys, settings, strict=True)) if all(map(math.isfinite, losses)) else None
 
 
+def load(path: Path) -> dict[str, Any]:
+    """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot save to {path} ({error}): choose another file with --save.") from error
+    return known
+
+
 def save(result: dict[str, Any], name: str, path: Path) -> None:
-    """Put the outcome for one problem into a file that may hold others."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Put the outcome for one problem into a file; other problems there, and other entrants, stay.
+
+    Entrants tuned on another scale of the problem do not stay.
+    """
+    known = load(path)
+    old = known.get(name, {})
+    if old.get("problem") == result["problem"]:
+        result = result | {key: old[key] | result[key] for key in ("grid", "best", "points")}
     write_atomically(path, json.dumps(known | {name: result}, indent=1) + "\n")
 
 
@@ -88,7 +106,7 @@ def print_outcome(result: dict[str, Any], console: Console) -> None:
         if best is None:
             view.add_row(ENTRANTS[name].label, str(len(points)), str(lost), "–", "–", "–", "–")
             continue
-        point = next(p for p in points if all(p[key] == value for key, value in best.items()))
+        chosen = [p for p in points if all(p[key] == value for key, value in best.items())]
         edges = [
             key for key, values in ENTRANTS[name].grid.items() if best[key] in (min(values), max(values))
         ]
@@ -97,8 +115,8 @@ def print_outcome(result: dict[str, Any], console: Console) -> None:
             str(len(points)),
             str(lost),
             ", ".join(f"{key} {value:g}" for key, value in best.items()),
-            f"{point['train_loss']:.3g}",
-            f"{100 * point['test_error']:.2f}",
+            f"{sum(p['train_loss'] for p in chosen) / len(chosen):.3g}",
+            f"{100 * sum(p['test_error'] for p in chosen) / len(chosen):.2f}",
             ", ".join(edges) or "–",
         )
     console.print(view)

@@ -9,6 +9,7 @@ warm start, which is stated by itself.
 """
 
 import datetime
+import functools
 import math
 import platform
 import subprocess
@@ -25,7 +26,7 @@ import kfqn
 from kfqn.optimizer import TwoPassOptimizer
 from kfqn.race.data import Dataset, Images
 from kfqn.race.entrants import ENTRANTS
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.runs import Record, Run, atomic_path
 
 LOSS_DECAY = 0.9
@@ -45,6 +46,12 @@ def train(run: Run, data_dir: Path | None) -> None:
         )
 
 
+@functools.lru_cache(maxsize=1)
+def _load(problem: Problem, data_dir: Path | None) -> Dataset:
+    """The data set, read once by a worker that does many runs on it."""
+    return problem.data(data_dir)
+
+
 class Trainer:
     """The state of one run in progress; a checkpoint holds all of it."""
 
@@ -55,7 +62,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
         self.device = torch.device(config.device)
-        self.data: Dataset = problem.data(data_dir).to(self.device, config.train_size)
+        self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
         self.model = problem.model(config.width, self.data).to(self.device)
         self.optimizer = entrant.build(self.model, config.settings, config.weight_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -213,16 +220,12 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the source the package runs from, '+' after it if changed; unknown outside git."""
-    folder = Path(__file__).parent
+    """The commit of the source the package runs from, '+' after it if changed; unknown without a checkout."""
+    root = Path(__file__).parents[2]
     try:
         result = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
+            ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return result.stdout.strip()
+    return result.stdout.strip() if (root / ".git").exists() else "unknown"

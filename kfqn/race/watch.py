@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.runs import Run
@@ -26,19 +28,23 @@ def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], No
     tasks = {
         name: progress.add_task(ENTRANTS[name].label, total=len(of), state="") for name, of in groups.items()
     }
-    announced = {run.folder for run in runs if run.end() is not None}
+    ended: dict[Path, State] = {}
+    news = False  # runs that had ended before are none
 
     def update() -> None:
         for name, of in groups.items():
-            _update_task(progress, tasks[name], of)
-        for run in runs:
-            if run.folder not in announced and (end := run.end()) is not None:
-                announced.add(run.folder)
-                if not console.is_terminal:
-                    console.print(
-                        f"[{len(announced)}/{len(runs)}] {run.folder.name}: {end['status']}", markup=False
-                    )
+            states = [ended.get(run.folder) or _state(run) for run in of]
+            for run, state in zip(of, states, strict=True):
+                if state.status and run.folder not in ended:
+                    ended[run.folder] = state
+                    if news and not console.is_terminal:
+                        console.print(
+                            f"[{len(ended)}/{len(runs)}] {run.folder.name}: {state.status}", markup=False
+                        )
+            progress.update(tasks[name], completed=sum(s.fraction for s in states), state=_summary(states))
 
+    update()
+    news = True
     if not console.is_terminal:
         yield update
         return
@@ -46,14 +52,24 @@ def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], No
         yield update
 
 
-def _update_task(progress: Progress, task: TaskID, runs: Sequence[Run]) -> None:
-    ends = [run.end() for run in runs]
-    done = sum(1.0 if end else run.fraction() for run, end in zip(runs, ends, strict=True))
-    losses = [epochs[-1]["train_loss"] for run in runs if (epochs := run.epochs())]
-    state = f"{sum(end is not None for end in ends)} of {len(runs)} runs"
-    if losses:
-        state += f", best loss {min(losses):.3g}"
-    bad = sum(end is not None and end["status"] != "finished" for end in ends)
-    if bad:
-        state += f", {bad} lost"
-    progress.update(task, completed=done, state=state)
+@dataclass(frozen=True)
+class State:
+    """A run as its files show it; ``status`` is empty while it lasts."""
+
+    status: str
+    fraction: float
+    loss: float | None
+
+
+def _state(run: Run) -> State:
+    records = run.records()
+    status = records[-1].get("status", "") if records else ""
+    losses = [record["train_loss"] for record in records if "epoch" in record]
+    return State(status, 1.0 if status else run.fraction(), losses[-1] if losses else None)
+
+
+def _summary(states: Sequence[State]) -> str:
+    text = f"{sum(bool(s.status) for s in states)} of {len(states)} runs"
+    losses = [s.loss for s in states if s.loss is not None]
+    lost = sum(s.status not in ("", "finished") for s in states)
+    return text + (f", best loss {min(losses):.3g}" if losses else "") + (f", {lost} lost" if lost else "")

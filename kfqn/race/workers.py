@@ -8,18 +8,19 @@ respected too; and whoever watches reads the folders, so it sees them all.
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from kfqn.race.runs import Run
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 
 
 def work(folders: Sequence[Path], data_dir: Path | None) -> None:
     """One worker: whatever is left to do, in the given order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us too, but the parent ends us, by SIGTERM
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from kfqn.race.train import train
 
@@ -31,25 +32,37 @@ def work(folders: Sequence[Path], data_dir: Path | None) -> None:
 
 
 def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
-    """Do all runs with ``jobs`` processes, calling ``watch`` a few times a second.
+    """Do all runs with ``jobs`` processes, calling ``watch`` twice a second.
 
-    Ends the workers at once on KeyboardInterrupt or any error in ``watch``; the same call
-    goes on from there.
+    Ends the workers at once on Ctrl-C, on SIGTERM, or on any error in ``watch``; the same call
+    goes on from there. A run whose worker was killed from outside is left unfinished.
     """
     left = [run.folder for run in runs if run.end() is None]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=work, args=(left, data_dir)) for _ in range(min(jobs, len(left)))]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for worker in workers:
-            worker.start()
+        _start(workers)
         while any(worker.is_alive() for worker in workers):
             watch()
-            for worker in workers:
-                worker.join(POLL_SECONDS / len(workers))
+            time.sleep(POLL_SECONDS)
     finally:
         for worker in workers:
             if worker.pid is not None:
                 worker.terminate()
+        for worker in workers:
+            if worker.pid is not None:
                 worker.join(GRACE_SECONDS)
                 worker.kill()
+        signal.signal(signal.SIGTERM, previous)
     watch()
+
+
+def _start(workers: Sequence[BaseProcess]) -> None:
+    """Start them deaf to Ctrl-C from their first instruction on; it reaches every process of a terminal."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
