@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfqn.race import cli, entrants, problems, workers
+from kfqn.race import entrants, problems, workers
+from kfqn.race.failure import Failure
 from kfqn.race.models import all_cnn_c, small_all_cnn
 from kfqn.race.report import losses_of
 from kfqn.race.runs import Config, Run
@@ -361,9 +362,7 @@ def test_help_is_instant_and_needs_no_torch():
 
 
 def test_settings_that_no_sweep_has_found_are_asked_for():
-    with pytest.raises(
-        cli.Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."
-    ):
+    with pytest.raises(Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."):
         entrants.best_settings("elsewhere", "adam", Path("none"))
 
 

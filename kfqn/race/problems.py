@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from kfqn.race.data import Dataset
 
 
+DEFAULT_DATA = Path("data")
+
+
 @dataclass(frozen=True)
 class Problem:
     """``data`` takes the folder of ``--data-dir`` (None without), ``model`` a width and a data set."""
