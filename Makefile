@@ -19,6 +19,7 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-race
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/levers.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

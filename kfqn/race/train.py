@@ -86,7 +86,7 @@ class Trainer:
         for epoch in range(len(self.records) + 1, self.config.epochs + 1):
             self.train_epoch(epoch)
             record = self.evaluate(epoch)
-            if not math.isfinite(record["train_loss"]):
+            if not math.isfinite(record["train_loss"] + record["average_loss"]):
                 self.finish(
                     {"status": "diverged", "reason": f"the training loss in epoch {epoch} is not finite"}
                 )

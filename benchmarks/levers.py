@@ -1,0 +1,86 @@
+"""Ways to compute the parts of a step that were weighed against each other, in milliseconds.
+
+    python benchmarks/levers.py [--threads 2]
+
+Medians over interleaved rounds, on a 96-channel 3×3 layer on 32×32 images, batch 128.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
+from kfqn.layers import layers_of
+from kfqn.race.train import conditions_of
+from kfqn.secant import bfgs_update_
+
+ROUNDS = 9
+
+
+def eq_13_by_convolution(a: Tensor, v: Tensor) -> Tensor:
+    """A v as a convolution with v as one filter, and that convolution's weight gradient."""
+    filters = v[:-1].view(1, a.shape[1], 3, 3)
+    u = F.conv2d(a, filters, v[-1:], padding=1)
+    Av = conv2d_weight(a, list(filters.shape), u, padding=1)
+    return torch.cat((Av.flatten(), u.sum()[None])) / len(a)
+
+
+def rank_two_by_outer_products(H: Tensor, s: Tensor, y: Tensor) -> None:
+    """Eq. (9) with its matrices written out in place, two rank-one updates."""
+    sy, Hy = s @ y, H @ y
+    u = ((1 + (y @ Hy) / sy) / 2 * s - Hy) / sy
+    H.addr_(s, u).addr_(u, s)
+
+
+def median_milliseconds(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(ROUNDS + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    facts = conditions_of(torch.device("cpu")) | {"threads": str(options.threads)}
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+
+    module = nn.Conv2d(96, 96, 3, padding=1)
+    (layer,) = layers_of(module)
+    a, v = torch.randn(128, 96, 32, 32), torch.randn(layer.columns)
+    h = module(a)
+    torch.testing.assert_close(
+        eq_13_by_convolution(a, v), second_moment_matvec(layer, a, v), rtol=1e-3, atol=0.1
+    )
+    s, H = torch.randn(1729), torch.eye(1729)
+    ways: dict[str, Callable[[], object]] = {
+        "the layer's own forward pass": lambda: module(a),
+        "eq. (13) as a convolution and its weight gradient": lambda: eq_13_by_convolution(a, v),
+        "eq. (13) channels first (kept)": lambda: second_moment_matvec(layer, a, v),
+        "mean activation (kept: mean over data first)": lambda: mean_activation(layer, a),
+        "mean of h by h.mean": lambda: h.mean((0, 2, 3)),
+        "mean of h by a product (kept)": lambda: mean_preactivation(h),
+        "BFGS, side 1729, two addr_": lambda: rank_two_by_outer_products(H, s, s),
+        "BFGS, side 1729, one addmm_ (kept)": lambda: bfgs_update_(H, s, s),
+    }
+    for name, milliseconds in median_milliseconds(ways).items():
+        print(f"  {name:<52}{milliseconds:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
