@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.runs import atomic_path
@@ -37,6 +38,8 @@ def draw(standings: Sequence[Standing], title: str, path: Path) -> None:
             common_target(standings), color="#999", linewidth=0.8, linestyle=":", label="common target"
         )
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     for row, label in enumerate(ROWS.values()):
         panels[row, 0].set_ylabel(label)
     for column, label in enumerate(COLUMNS.values()):
