@@ -48,7 +48,8 @@ def draw(standings: Sequence[Standing], title: str, path: Path) -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12)
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     with atomic_path(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
 
