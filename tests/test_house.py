@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_imports_point_one_way(name):
     for imported in imports(ROOT / "kfqn" / f"{name}.py"):
         module = imported.split(".")[1]
         assert module in ORDER[: ORDER.index(name)], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", ["__init__", *ORDER])
+def test_the_core_needs_torch_alone(name):
+    tree = ast.parse((ROOT / "kfqn" / f"{name}.py").read_text(encoding="utf-8"))
+    named = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    named |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert {module.split(".")[0] for module in named} <= {"torch", "kfqn", *sys.stdlib_module_names}
 
 
 def test_every_module_has_its_place():
