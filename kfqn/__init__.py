@@ -3,20 +3,22 @@
 The optimizers are imported when first used, so that ``kfqn --help`` need not wait for torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfqn.convergent import ConvergentKFLBFGS
     from kfqn.quasi_newton import KFBFGS, KFLBFGS
 
-__all__ = ["KFBFGS", "KFLBFGS"]
+__all__ = ["KFBFGS", "KFLBFGS", "ConvergentKFLBFGS"]
 __version__ = "0.1.0"
+
+_HOMES = {"KFBFGS": "quasi_newton", "KFLBFGS": "quasi_newton", "ConvergentKFLBFGS": "convergent"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from kfqn import quasi_newton
-
-        return getattr(quasi_newton, name)
+    if name in _HOMES:
+        return getattr(import_module(f"kfqn.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'kfqn' has no attribute {name!r}")
 
 

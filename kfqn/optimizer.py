@@ -1,7 +1,7 @@
 """The step with two passes over one mini-batch, which every method here shares.
 
-What differs between the methods is left to four holes: the state a layer starts with,
-the direction, and what is learnt of A and of G.
+What differs between the methods is left to a few holes: the state a layer starts with, the
+direction, and what is learnt of A and of G.
 """
 
 import math
@@ -236,7 +236,31 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
             self.state[layer.weight] = state
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False) -> None:
+def checked_settings(
+    lr: float,
+    damping: float,
+    beta: float,
+    mu1: float,
+    weight_decay: float,
+    history_size: int | None = None,
+) -> Group:
+    """The settings as a group; ValueError for one that is out of range."""
+    _check_range("lr", lr, 0)
+    _check_range("damping", damping, 0)
+    _check_range("beta", beta, 0, 1, closed=True)
+    _check_range("mu1", mu1, 0, 1)
+    _check_range("weight_decay", weight_decay, 0, closed=True)
+    group = {"lr": lr, "damping": damping, "beta": beta, "mu1": mu1, "weight_decay": weight_decay}
+    if history_size is None:
+        return group
+    if not isinstance(history_size, int) or history_size < 1:
+        raise ValueError(f"history_size must be a whole number >= 1, got {history_size!r}.")
+    return group | {"history_size": history_size}
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False
+) -> None:
     """Raise ValueError unless low < value < high, or low ≤ value < high if ``closed``."""
     if not (low <= value < high if closed else low < value < high):
         bounds = f"{'>=' if closed else '>'} {low:g} and " + ("finite" if high == math.inf else f"< {high:g}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kfqn.curvature import damped_inverse, mean_activation, second_moment_matvec
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, TwoPassOptimizer, check_range
+from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 
 
@@ -117,7 +117,7 @@ class KFBFGS(KFQN):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(model, _checked(lr, damping, beta, mu1, weight_decay))
+        super().__init__(model, checked_settings(lr, damping, beta, mu1, weight_decay))
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return {"H_G": (layer.rows, layer.rows)}
@@ -154,10 +154,8 @@ class KFLBFGS(KFQN):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
     ) -> None:
-        if not isinstance(history_size, int) or history_size < 1:
-            raise ValueError(f"history_size must be a whole number >= 1, got {history_size!r}.")
-        defaults = _checked(lr, damping, beta, mu1, weight_decay)
-        super().__init__(model, defaults | {"history_size": history_size})
+        defaults = checked_settings(lr, damping, beta, mu1, weight_decay, history_size)
+        super().__init__(model, defaults)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))
@@ -170,12 +168,3 @@ class KFLBFGS(KFQN):
 
     def _update_G(self, state: State, s: Tensor, y: Tensor) -> None:
         lbfgs_push_(state["S"], state["Y"], s, y)
-
-
-def _checked(lr: float, damping: float, beta: float, mu1: float, weight_decay: float) -> Group:
-    check_range("lr", lr, 0)
-    check_range("damping", damping, 0)
-    check_range("beta", beta, 0, 1, closed=True)
-    check_range("mu1", mu1, 0, 1)
-    check_range("weight_decay", weight_decay, 0, closed=True)
-    return {"lr": lr, "damping": damping, "beta": beta, "mu1": mu1, "weight_decay": weight_decay}

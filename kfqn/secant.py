@@ -14,7 +14,8 @@ from torch import Tensor
 def double_damping(s: Tensor, y: Tensor, Hy: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
     """Algorithm 1, D_P D_LM: make the pair (s, y) safe for a BFGS update of H.
 
-    ``s``, ``y`` and ``Hy`` = H @ y are vectors of one length. However negative sᵀy
+    ``s``, ``y`` and ``Hy`` = H @ y are vectors of one length; passing y itself as ``Hy``
+    gives Algorithm 4, D_P(I) D_LM, whose result also satisfies Lemma 1. However negative sᵀy
     came in, the result (s̃, ỹ) has s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ (section 3.1). Needs 0 < μ₁ < 1
     and μ₂ > 0. A zero y is left alone (θ₁ = 1), never divided by.
     """

@@ -119,9 +119,13 @@ class Algorithm2:
     def start(self, batches):
         """Line 2: A over all data of the batches."""
         passes = [self.forward(x)[1] for x in batches]
+        self.start_from([[an for batch in a for an in batch] for a in zip(*passes, strict=True)])
+
+    def start_from(self, inputs):
+        """H_A of every layer from its a_t over all data."""
         self.H_A = []
-        for a in zip(*passes, strict=True):
-            A = second_moment([an for batch in a for an in batch])
+        for at in inputs:
+            A = second_moment(at)
             self.H_A.append(torch.linalg.inv(A + self.lam * torch.eye(len(A), dtype=A.dtype)))
 
     def step(self, x, target):
@@ -158,3 +162,28 @@ class Algorithm2:
                 self.H_G[i] = torch.eye(len(s), dtype=s.dtype)
                 for pair in self.pairs[i]:
                     self.H_G[i] = bfgs(self.H_G[i], *pair)
+
+
+class Algorithm3(Algorithm2):
+    """The convergent variant: no momentum, A inverted at every step, Algorithm 4 (H = I in Algorithm 1)."""
+
+    def step(self, x, target):
+        """Lines 4-16."""
+        if self.H_A is None:
+            self.start([x])
+        a, h, Dh = self.pass_over(x, target)
+        for i in range(len(self.W)):
+            pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * self.W[i]
+            self.W[i] = self.W[i] - self.lr * self.H_G[i] @ DW @ self.H_A[i]
+        _, h_new, Dh_new = self.pass_over(x, target)
+        self.start_from(a)
+        for i in range(len(self.W)):
+            self.s_G[i] = self.beta * self.s_G[i] + (1 - self.beta) * (h_new[i] - h[i]).mean((0, 1))
+            self.y_G[i] = self.beta * self.y_G[i] + (1 - self.beta) * (Dh_new[i] - Dh[i]).mean((0, 1))
+            s, y = damped(self.s_G[i], self.y_G[i], self.y_G[i], self.mu1, self.lam)
+            if s @ y > 0:
+                self.pairs[i] = [*self.pairs[i], (s, y)][-self.history :]
+            self.H_G[i] = torch.eye(len(s), dtype=s.dtype)
+            for pair in self.pairs[i]:
+                self.H_G[i] = bfgs(self.H_G[i], *pair)

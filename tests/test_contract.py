@@ -16,6 +16,7 @@ import kfqn
 OPTIMIZERS = {
     "KFBFGS": kfqn.KFBFGS,
     "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
+    "ConvergentKFLBFGS": lambda model, **settings: kfqn.ConvergentKFLBFGS(model, history_size=3, **settings),
 }
 
 

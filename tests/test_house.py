@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "kfqn").rglob("*.py"))
 MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 
-# A module may import only what stands to the left of it, and race may import everything.
-ORDER = ["secant", "layers", "curvature", "capture", "second_pass", "optimizer", "quasi_newton"]
+# A module may import only what stands to the left of it; race may import everything.
+ORDER = ["secant", "layers", "curvature", "capture", "second_pass", "optimizer", "quasi_newton", "convergent"]
 
 
 def imports(path):

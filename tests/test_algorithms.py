@@ -1,4 +1,4 @@
-"""Algorithm 2 as a whole: every weight of twenty steps against the oracle, in float64."""
+"""Algorithms 2 and 3 as a whole: every weight of twenty steps against the oracle, in float64."""
 
 import oracle
 import pytest
@@ -14,14 +14,15 @@ HISTORY = 6  # wraps round three times in twenty steps
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
+@pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS, kfqn.ConvergentKFLBFGS])
 @pytest.mark.parametrize("net", NETS)
 def test_twenty_steps_of_every_weight(net, method, warm):
     make, shape = NETS[net]
     model = make()
     settings = {"lr": 0.5, "damping": 0.3, "beta": 0.8, "mu1": 0.25, "weight_decay": 0.01}
-    history = HISTORY if method is kfqn.KFLBFGS else None
-    reference = oracle.Algorithm2(model, F.cross_entropy, **settings, history=history)
+    history = None if method is kfqn.KFBFGS else HISTORY
+    algorithm = oracle.Algorithm3 if method is kfqn.ConvergentKFLBFGS else oracle.Algorithm2
+    reference = algorithm(model, F.cross_entropy, **settings, history=history)
     optimizer = method(model, **settings, **({"history_size": HISTORY} if history else {}))
     data = batches(shape, count=20)
     if warm:
