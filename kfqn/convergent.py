@@ -5,9 +5,9 @@ from typing import final
 
 from torch import Tensor, nn
 
-from kfqn.curvature import damped_inverse, second_moment
+from kfqn.curvature import second_moment
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings
+from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings, inverse_of_A, start_state
 from kfqn.secant import double_damping, lbfgs_matmul, lbfgs_push_
 
 
@@ -56,15 +56,13 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         return {"H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,), "S": (p, rows), "Y": (p, rows)}
 
     def _start(self, layer: Layer, A: Tensor, group: Group) -> State:  # line 1
-        H_A = damped_inverse(A, math.sqrt(group["damping"]))
-        shapes = self._shapes(layer, group)
-        return {"H_A": H_A} | {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
+        return start_state(layer, A, self._shapes(layer, group), group["damping"])
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
 
     def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:  # line 11
-        state["H_A"].copy_(damped_inverse(second_moment(layer, a), math.sqrt(group["damping"])))
+        state["H_A"].copy_(inverse_of_A(layer, second_moment(layer, a), group["damping"]))
 
     def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
         lambda_G, beta = math.sqrt(group["damping"]), group["beta"]

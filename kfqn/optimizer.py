@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn.capture import Seen, capture
-from kfqn.curvature import second_moment
+from kfqn.curvature import damped_inverse, second_moment
 from kfqn.layers import Layer, layers_of
 from kfqn.second_pass import random_state, second_pass, unmoved_buffers
 
@@ -223,17 +223,26 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
 
     def _start_layers(self, A: dict[Layer, Tensor]) -> None:
         """Line 2 of Algorithm 2 for the given layers: all of them, or on an error none."""
-        states: dict[Layer, State] = {}
-        for layer in A:
-            try:
-                states[layer] = self._start(layer, A[layer], self._group)
-            except ValueError as error:
-                raise ValueError(
-                    f"{layer} cannot start, because {error}: look for NaN, infinite or huge values in "
-                    "what comes into it."
-                ) from None
+        states = {layer: self._start(layer, A[layer], self._group) for layer in A}
         for layer, state in states.items():
             self.state[layer.weight] = state
+
+
+def start_state(layer: Layer, A: Tensor, shapes: dict[str, tuple[int, ...]], damping: float) -> State:
+    """H_A = (A + √λ I)⁻¹ and zeros for the other tensors of these shapes."""
+    zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
+    return {"H_A": inverse_of_A(layer, A, damping)} | zeros
+
+
+def inverse_of_A(layer: Layer, A: Tensor, damping: float) -> Tensor:
+    """(A + λ_A I)⁻¹ with λ_A = √λ; ValueError, naming the layer, if A is not finite."""
+    try:
+        return damped_inverse(A, math.sqrt(damping))
+    except ValueError as error:
+        raise ValueError(
+            f"{layer} has no H_A, because {error}: look for NaN, infinite or huge values in what comes "
+            "into it."
+        ) from None
 
 
 def checked_settings(

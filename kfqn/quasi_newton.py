@@ -6,9 +6,9 @@ from typing import final
 
 from torch import Tensor, nn
 
-from kfqn.curvature import damped_inverse, mean_activation, second_moment_matvec
+from kfqn.curvature import mean_activation, second_moment_matvec
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings
+from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings, start_state
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 
 
@@ -24,8 +24,8 @@ class KFQN(TwoPassOptimizer):
         """The shapes of what the state holds of H_G."""
 
     @abstractmethod
-    def _start_G(self, zeros: State) -> None:
-        """Turn ``zeros`` of those shapes into H_G = I, in place."""
+    def _start_G(self, state: State) -> None:
+        """Turn what the state holds of H_G, zeros so far, into H_G = I, in place."""
 
     @abstractmethod
     def _H_G(self, state: State, V: Tensor) -> Tensor:
@@ -41,10 +41,9 @@ class KFQN(TwoPassOptimizer):
         return shapes | self._shapes_G(layer, group)
 
     def _start(self, layer: Layer, A: Tensor, group: Group) -> State:  # line 2
-        H_A = damped_inverse(A, math.sqrt(group["damping"]))
-        state = {key: A.new_zeros(shape) for key, shape in self._shapes(layer, group).items() if key != "H_A"}
+        state = start_state(layer, A, self._shapes(layer, group), group["damping"])
         self._start_G(state)
-        return state | {"H_A": H_A}
+        return state
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
         average = state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
@@ -122,8 +121,8 @@ class KFBFGS(KFQN):
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return {"H_G": (layer.rows, layer.rows)}
 
-    def _start_G(self, zeros: State) -> None:
-        zeros["H_G"].fill_diagonal_(1)
+    def _start_G(self, state: State) -> None:
+        state["H_G"].fill_diagonal_(1)
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return state["H_G"] @ V
@@ -160,7 +159,7 @@ class KFLBFGS(KFQN):
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))
 
-    def _start_G(self, zeros: State) -> None:
+    def _start_G(self, state: State) -> None:
         """An empty history already stands for I."""
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:

@@ -487,7 +487,7 @@ def test_other_wrong_calls(make):
         optimizer.warm_start([])
     with pytest.raises(RuntimeError, match="saw no forward pass"):
         optimizer.warm_start(_runs_nothing(model))
-    with pytest.raises(ValueError, match=r"'0' \(Linear\) cannot start, because A is not finite"):
+    with pytest.raises(ValueError, match=r"'0' \(Linear\) has no H_A, because A is not finite"):
         optimizer.warm_start([torch.full((3, 5), math.nan)])
     assert not optimizer.state
     with pytest.raises(ValueError, match="a parameter group cannot be added"):

@@ -75,12 +75,28 @@ def test_equation_13_needs_no_matrix(case):
     )
 
 
-def test_the_second_moment_is_formed_in_blocks(monkeypatch):
+@pytest.mark.parametrize("padding", [0, 1])  # without padding a block is a view of the input
+def test_the_second_moment_is_formed_in_blocks(padding, monkeypatch):
     monkeypatch.setattr(curvature, "_BLOCK", 1)
-    module = nn.Conv2d(2, 3, 3, padding=1)
+    module = nn.Conv2d(2, 3, 3, padding=padding)
     (layer,), a = layers_of(module), torch.randn(5, 2, 4, 4)
     expected = oracle.second_moment(oracle.vectors(module, a)[0])
     torch.testing.assert_close(curvature.second_moment(layer, a), expected, **SAME)
+
+
+def test_any_memory_layout_gives_the_same_statistics():
+    module = nn.Conv2d(3, 2, 3, stride=2)
+    (layer,), a, v = layers_of(module), torch.randn(4, 3, 6, 7), torch.randn(28)
+    layouts = [a.to(memory_format=torch.channels_last), a.mT.contiguous().mT, torch.cat((a, a), 1)[:, 3:]]
+    for other in layouts:
+        assert not other.is_contiguous()
+        torch.testing.assert_close(layer.patches(other), layer.patches(a), **SAME)
+        for statistic in (curvature.mean_activation, curvature.second_moment):
+            torch.testing.assert_close(statistic(layer, other), statistic(layer, a), **SAME)
+        Av = curvature.second_moment_matvec(layer, other, v)
+        torch.testing.assert_close(Av, curvature.second_moment_matvec(layer, a, v), **SAME)
+        h = curvature.mean_preactivation(other)
+        torch.testing.assert_close(h, curvature.mean_preactivation(a), **SAME)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 5)])

@@ -77,6 +77,12 @@ def test_the_map_of_the_paper_is_true(label, home):
         assert re.match(r"Algorithm \d", label)[0] in source
 
 
+def test_tests_that_the_map_names_exist():
+    named = re.findall(r"\| `(tests/[\w.]+)` \|$", MAP, re.MULTILINE)
+    assert named
+    assert all((ROOT / path).is_file() for path in named)
+
+
 def test_every_equation_named_in_the_code_is_in_the_map():
     named = {n for p in SOURCES for n in re.findall(r"eq\. (\(\d+\))", p.read_text(encoding="utf-8"))}
     assert named == {label for label, _ in ROWS if re.fullmatch(r"\(\d+\)", label)}

@@ -345,6 +345,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(missing, f"no CIFAR-10 in {tmp_path}: give --data-dir a folder")
     (tmp_path / "file").write_text("in the way")
+    one_line(kfqn("sweep", "--train-size", "20", "--save", tmp_path / "new.json"), "--train-size must be")
     one_line(kfqn("sweep", "--save", tmp_path / "file"), "cannot save to", "choose another file with --save")
     one_line(kfqn("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

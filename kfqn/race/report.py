@@ -2,8 +2,9 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 from rich.console import Console
@@ -112,9 +113,10 @@ def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def print_table(table: Sequence[Row], title: str, console: Console) -> None:
     """The table, the winner first and bold."""
     view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
-    shown = [i for i, _ in enumerate(astuple(HEADINGS)) if i != 8 or any(row.lost != "–" for row in table)]
-    for i in shown:
-        view.add_column(astuple(HEADINGS)[i], justify="left" if i == 0 else "right", overflow="fold")
+    shown = [f.name for f in fields(Row) if f.name != "lost" or any(row.lost != "–" for row in table)]
+    for name in shown:
+        justify: Literal["left", "right"] = "left" if name == "label" else "right"
+        view.add_column(getattr(HEADINGS, name), justify=justify, overflow="fold")
     for n, row in enumerate(table):
-        view.add_row(*(astuple(row)[i] for i in shown), style="bold" if n == 0 else None)
+        view.add_row(*(getattr(row, name) for name in shown), style="bold" if n == 0 else None)
     console.print(view)

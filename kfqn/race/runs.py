@@ -133,7 +133,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "probe") as partial:
             partial.touch()
-        (folder / "probe").unlink()
+        (folder / "probe").unlink(missing_ok=True)  # another command may probe the same folder
     except OSError as error:
         raise Failure(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out."

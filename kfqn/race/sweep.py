@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.failure import Failure
-from kfqn.race.runs import Run, write_atomically
+from kfqn.race.runs import Run, check_writable, write_atomically
 
 
 def lowest_loss(run: Run) -> float:
@@ -68,10 +68,9 @@ def _best(points: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, fl
 def load(path: Path) -> dict[str, Any]:
     """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_atomically(path, json.dumps(known, indent=1) + "\n")
-    except (OSError, ValueError) as error:
+        check_writable(path.parent)
+    except (OSError, ValueError, Failure) as error:
         raise Failure(f"cannot save to {path} ({error}): choose another file with --save.") from error
     return known
 

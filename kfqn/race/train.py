@@ -70,6 +70,7 @@ class Trainer:
         self.records: list[Record] = []
         self.seconds = self.cpu_seconds = self.warm_start_seconds = 0.0
         self.saved_at = self.shown_at = time.monotonic()
+        self.conditions = conditions_of(self.device)  # now: the checkout may change while a run lasts
 
     @property
     def steps(self) -> int:
@@ -99,8 +100,8 @@ class Trainer:
 
     def finish(self, end: Record) -> None:
         """Write the last record; nothing is left to resume."""
-        conditions = {"warm_start_seconds": self.warm_start_seconds, "conditions": conditions_of(self.device)}
-        self.run.write([*self.records, end | conditions])
+        facts = {"warm_start_seconds": self.warm_start_seconds, "conditions": self.conditions}
+        self.run.write([*self.records, end | facts])
         self.run.checkpoint.unlink(missing_ok=True)
 
     def warm_start(self, optimizer: TwoPassOptimizer) -> None:
@@ -219,6 +220,7 @@ def _processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
+@functools.cache
 def _commit() -> str:
     """The commit of the source the package runs from, '+' after it if changed; unknown without a checkout."""
     root = Path(__file__).parents[2]
