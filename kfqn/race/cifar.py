@@ -1,4 +1,4 @@
-"""CIFAR-10 from its official archives, binary or python, unpacked or not; downloaded if need be."""
+"""CIFAR-10 and CIFAR-100 from their official archives, binary or python, unpacked or not, or downloaded."""
 
 import hashlib
 import io
@@ -9,6 +9,8 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,95 +20,111 @@ import torch
 from kfqn.race.data import Dataset, Images
 from kfqn.race.failure import Failure
 
-ARCHIVE = "cifar-10-binary.tar.gz"
-URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
-SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
+HOME = "https://www.cs.toronto.edu/~kriz"
 IMAGE = 3 * 32 * 32  # bytes
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 ReadFile = Callable[[str], bytes]
+Arrays = tuple[np.ndarray, np.ndarray]  # pixels and labels
 
 
-def cifar10(data_dir: Path) -> Dataset:
-    """CIFAR-10 from ``data_dir``, which `find` must have found something in.
+@dataclass(frozen=True)
+class Layout:
+    """One official form: the folder its archive unpacks to, and the names of its files."""
 
-    Takes a folder with either official layout, the layout's own folder, or either archive.
-    Raises Failure if there is none, or a file in it is damaged.
-    """
-    name, read = find(data_dir)
-    parse = _parse_python if name == PYTHON else _parse_binary
-    suffix = "" if name == PYTHON else ".bin"
-    train = [parse(read(f"data_batch_{i}{suffix}"), f"data_batch_{i}{suffix}") for i in range(1, 6)]
-    test = parse(read(f"test_batch{suffix}"), f"test_batch{suffix}")
-    return Dataset(
-        train=_images(train),
-        test=_images([test]),
-        classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2023, 0.1994, 0.2010),
-        crop_padding=4,
-    )
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: str
+    parse: Callable[[bytes, str], Arrays]
 
 
-def found(data_dir: Path) -> bool:
-    """Whether `find` finds anything in ``data_dir``."""
-    try:
-        find(data_dir)
-    except Failure:
-        return False
-    return True
+@dataclass(frozen=True)
+class Cifar:
+    """A data set in its two forms; the binary archive is the one that is downloaded, and checked."""
 
+    title: str
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    binary: Layout
+    python: Layout
+    sha256: str
 
-def find(data_dir: Path) -> tuple[str, ReadFile]:
-    """Which layout is in ``data_dir``, and how to read one of its files."""
-    for name, marker in ((BINARY, "test_batch.bin"), (PYTHON, "test_batch")):
-        for folder in (data_dir / name, data_dir):
-            if (folder / marker).is_file():
-                return name, _folder_reader(folder)
-    for name, archive in ((BINARY, ARCHIVE), (PYTHON, "cifar-10-python.tar.gz")):
-        if (data_dir / archive).is_file():
-            return name, _archive_reader(data_dir / archive, name)
-    raise Failure(
-        f"no CIFAR-10 in {data_dir}: give --data-dir a folder that holds {PYTHON}, {BINARY} or one of "
-        "their archives, or leave --data-dir out to download it."
-    )
+    def load(self, data_dir: Path) -> Dataset:
+        """The data set from ``data_dir``, which `find` must have found something in.
 
+        Takes a folder with either official layout, the layout's own folder, or either archive.
+        Raises Failure if there is none, or a file in it is damaged.
+        """
+        layout, read = self.find(data_dir)
+        train = [layout.parse(read(name), name) for name in layout.train]
+        test = layout.parse(read(layout.test), layout.test)
+        return Dataset(
+            train=_images(train),
+            test=_images([test]),
+            classes=self.classes,
+            mean=self.mean,
+            std=self.std,
+            crop_padding=4,
+        )
 
-def download(data_dir: Path, progress: Progress, url: str = URL, sha256: str = SHA256) -> Path:
-    """Fetch the binary archive (170 MB) into ``data_dir``; it appears there whole and checked, or not at all.
+    def found(self, data_dir: Path) -> bool:
+        """Whether `find` finds anything in ``data_dir``."""
+        try:
+            self.find(data_dir)
+        except Failure:
+            return False
+        return True
 
-    Raises Failure when the network, the disk or the checksum says no.
-    """
-    target = data_dir / ARCHIVE
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=data_dir, prefix=".download-", delete=False) as partial:
-            try:
-                with urllib.request.urlopen(url, timeout=60) as response:
-                    _copy_checked(response, partial, sha256, progress)
-                partial.close()
-                Path(partial.name).replace(target)
-            finally:
-                Path(partial.name).unlink(missing_ok=True)
-    except (OSError, urllib.error.URLError) as error:
+    def find(self, data_dir: Path) -> tuple[Layout, ReadFile]:
+        """Which layout is in ``data_dir``, and how to read one of its files."""
+        for layout in (self.binary, self.python):
+            for folder in (data_dir / layout.folder, data_dir):
+                if (folder / layout.test).is_file():
+                    return layout, _folder_reader(folder)
+        for layout in (self.binary, self.python):
+            if (data_dir / layout.archive).is_file():
+                return layout, _archive_reader(data_dir / layout.archive, layout.folder)
         raise Failure(
-            f"could not download {url} to {data_dir} ({error}): fetch it by other means and give its "
-            "folder with --data-dir."
-        ) from error
-    return target
+            f"no {self.title} in {data_dir}: give --data-dir a folder that holds {self.python.folder}, "
+            f"{self.binary.folder} or one of their archives, or leave --data-dir out to download it."
+        )
+
+    def download(self, data_dir: Path, progress: Progress, home: str = HOME) -> Path:
+        """Fetch the binary archive into ``data_dir``; it appears there whole and checked, or not at all.
+
+        Raises Failure when the network, the disk or the checksum says no.
+        """
+        target, url = data_dir / self.binary.archive, f"{home}/{self.binary.archive}"
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=data_dir, prefix=".download-", delete=False) as file:
+                try:
+                    with urllib.request.urlopen(url, timeout=60) as response:
+                        _copy_checked(response, file, self.sha256, progress)
+                    file.close()
+                    Path(file.name).replace(target)
+                finally:
+                    Path(file.name).unlink(missing_ok=True)
+        except (OSError, urllib.error.URLError) as error:
+            raise Failure(
+                f"could not download {url} to {data_dir} ({error}): fetch it by other means and give its "
+                "folder with --data-dir."
+            ) from error
+        return target
 
 
-def _copy_checked(response: Any, partial: Any, sha256: str, progress: Progress) -> None:
+def _copy_checked(response: Any, file: Any, sha256: str, progress: Progress) -> None:
     total, done, digest = int(response.headers.get("Content-Length") or 0), 0, hashlib.sha256()
     while block := response.read(1 << 18):
-        partial.write(block)
+        file.write(block)
         digest.update(block)
         done += len(block)
         progress(done, total)
     if digest.hexdigest() != sha256:
         raise Failure(
-            f"the download of {ARCHIVE} has SHA-256 {digest.hexdigest()} instead of {sha256}, so it was "
+            f"the download has SHA-256 {digest.hexdigest()} instead of {sha256}, so it was "
             "thrown away: try again, or fetch it by other means and give its folder with --data-dir."
         )
 
@@ -142,19 +160,19 @@ def _archive_reader(archive: Path, folder: str) -> ReadFile:
     return read
 
 
-def _parse_binary(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """One label byte and 3072 pixel bytes an image."""
-    if not content or len(content) % (1 + IMAGE):
+def _parse_binary(content: bytes, name: str, labels: int) -> Arrays:
+    """``labels`` label bytes, the class last, and 3072 pixel bytes an image."""
+    if not content or len(content) % (labels + IMAGE):
         raise Failure(f"{name} is damaged, {len(content)} bytes are no whole images: get the data set again.")
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + IMAGE)
-    return rows[:, 1:], rows[:, 0]
+    rows = np.frombuffer(content, np.uint8).reshape(-1, labels + IMAGE)
+    return rows[:, labels:], rows[:, labels - 1]
 
 
-def _parse_python(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dictionary with ``data`` and ``labels``."""
+def _parse_python(content: bytes, name: str, labels: bytes) -> Arrays:
+    """A pickled dictionary with ``data`` and, under ``labels``, the classes."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-        x, y = batch[b"data"].reshape(-1, IMAGE), np.asarray(batch[b"labels"], np.uint8)
+        x, y = batch[b"data"].reshape(-1, IMAGE), np.asarray(batch[labels], np.uint8)
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise Failure(f"{name} is damaged ({error}): get the data set again.") from error
     return x, y
@@ -177,6 +195,53 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
 
 
-def _images(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Images:
+def _images(parts: Iterable[Arrays]) -> Images:
     x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Images(torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y).long())
+
+
+_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+CIFAR_10 = Cifar(
+    title="CIFAR-10",
+    classes=10,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    binary=Layout(
+        folder="cifar-10-batches-bin",
+        archive="cifar-10-binary.tar.gz",
+        train=tuple(f"{name}.bin" for name in _BATCHES),
+        test="test_batch.bin",
+        parse=partial(_parse_binary, labels=1),
+    ),
+    python=Layout(
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        train=_BATCHES,
+        test="test_batch",
+        parse=partial(_parse_python, labels=b"labels"),
+    ),
+    sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+
+CIFAR_100 = Cifar(
+    title="CIFAR-100",
+    classes=100,
+    mean=(0.507, 0.487, 0.441),
+    std=(0.267, 0.256, 0.276),
+    binary=Layout(
+        folder="cifar-100-binary",
+        archive="cifar-100-binary.tar.gz",
+        train=("train.bin",),
+        test="test.bin",
+        parse=partial(_parse_binary, labels=2),
+    ),
+    python=Layout(
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        train=("train",),
+        test="test",
+        parse=partial(_parse_python, labels=b"fine_labels"),
+    ),
+    sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+)

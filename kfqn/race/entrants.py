@@ -1,10 +1,5 @@
-"""The optimizers that race, the grids they are tuned on, and what tuning found.
+"""The optimizers that race, and the settings each takes unless told otherwise."""
 
-The grids give every optimizer a similar number of points, around what its authors and
-users take. The values found on digits are in ``tuned.json``, which `kfqn sweep --save` writes.
-"""
-
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,28 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfqn.race.failure import Failure
+from kfqn.race.grids import TABLE_3, Settings, in_torch
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Settings = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class Entrant:
-    """``build`` makes the optimizer; ``grid`` holds the values that a sweep tries, per setting."""
+    """``build`` makes the optimizer from a model, settings and weight decay.
+
+    ``tuned`` names the settings that must be given; ``options`` those that may be.
+    """
 
     name: str
     label: str
     build: Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]
-    grid: Mapping[str, tuple[float, ...]]
-
-    def points(self) -> list[Settings]:
-        """Every combination of the grid."""
-        return [
-            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
-        ]
+    tuned: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
 
 def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
@@ -49,6 +41,14 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
     return kfqn.KFLBFGS(model, lr=settings["lr"], damping=settings["damping"], weight_decay=weight_decay)
 
 
+def _kfac(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
+    import kfqn
+
+    pi = bool(settings.get("pi", 0))
+    others = {key: value for key, value in settings.items() if key != "pi"}
+    return kfqn.KFAC(model, **others, pi=pi, weight_decay=weight_decay)
+
+
 def _sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import torch
 
@@ -58,42 +58,24 @@ def _sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.
 def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import torch
 
-    eps = settings["eps"]
-    return torch.optim.Adam(model.parameters(), lr=settings["lr"], eps=eps, weight_decay=weight_decay)
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=settings["lr"],
+        betas=(0.9, settings.get("beta2", 0.999)),
+        eps=settings["eps"],
+        weight_decay=weight_decay,
+    )
 
 
-_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
-
-ENTRANTS = {
+ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, _SECOND_ORDER),
-        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, _SECOND_ORDER),
-        Entrant(
-            "sgd",
-            "SGD-m",
-            _sgd,
-            {"lr": tuple(float(f"{0.003 * 100 ** (k / 19):.2g}") for k in range(20))},
-        ),
-        Entrant(
-            "adam",
-            "Adam",
-            _adam,
-            {"lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},
-        ),
+        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping")),
+        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping")),
+        Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
+        Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
+        Entrant("sgd", "SGD-m", _sgd, ("lr",)),
     )
-}
-
-
-# The best values of the paper's own search, Table 3. Its SGD-m averages the gradient, so that its lr 0.1 is
-# torch's 0.01, and its Adam is not quite torch's (`docs/decisions.md`, 15).
-TABLE_3: Mapping[str, Mapping[str, Settings]] = {
-    "cifar10-allcnn": {
-        "kfbfgs": {"lr": 30.0, "damping": 30.0},
-        "kflbfgs": {"lr": 30.0, "damping": 30.0},
-        "sgd": {"lr": 0.01},
-        "adam": {"lr": 1e-4, "eps": 1e-4},
-    },
 }
 
 
@@ -111,11 +93,13 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> Settings:
         raise Failure(
             f"{sweep} is damaged ({error}): delete it, or choose another folder with --out."
         ) from error
-    for best in (*found, TABLE_3.get(problem, {})):
+    for best in found:
         if entrant in best:
             return dict(best[entrant])
+    if entrant in TABLE_3.get(problem, {}):
+        return in_torch(entrant, TABLE_3[problem][entrant])
     raise Failure(
         f"no settings are known for {entrant} on {problem}: give them, as in --optimizers "
-        f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].grid)}, or run 'kfqn sweep --problem "
-        f"{problem}' with the same --out first."
+        f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].tuned)}, or run 'kfqn sweep "
+        f"--problem {problem}' with the same --out first."
     )

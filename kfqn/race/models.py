@@ -30,6 +30,34 @@ def all_cnn_c(classes: int, channels: int = 3, width: int = 96) -> nn.Sequential
     return model
 
 
+def vgg16(classes: int, channels: int = 3, width: int = 64) -> nn.Sequential:
+    """VGG16, configuration D of Simonyan and Zisserman (2014), for 32×32 images: 13 convolutions, 3 `Linear`.
+
+    ``width`` is the number of filters of the first block, 64 in the paper; the blocks have 1, 2,
+    4, 8 and 8 times as many and the hidden `Linear` layers 64 times. As coded: no BatchNorm, no
+    dropout, and five poolings that leave one location, so nothing else is pooled.
+    """
+    features: list[nn.Module] = []
+    inputs = channels
+    for outputs, depth in ((width, 2), (2 * width, 2), (4 * width, 3), (8 * width, 3), (8 * width, 3)):
+        for _ in range(depth):
+            features += _convolution(inputs, outputs, 3)
+            inputs = outputs
+        features.append(nn.MaxPool2d(2))
+    hidden = 64 * width
+    model = nn.Sequential(
+        *features,
+        nn.Flatten(),
+        nn.Linear(inputs, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, classes),
+    )
+    initialise(model)
+    return model
+
+
 def small_all_cnn(classes: int, channels: int = 1, width: int = 32) -> nn.Sequential:
     """All-CNN-C cut down for images of 8×8: six convolutions, one of stride 2, no ReLU on the logits."""
     w = width

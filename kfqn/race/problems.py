@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from kfqn.race.cifar import Cifar
     from kfqn.race.data import Dataset
 
 
@@ -16,7 +17,10 @@ DEFAULT_DATA = Path("data")
 
 @dataclass(frozen=True)
 class Problem:
-    """``data`` takes the folder of ``--data-dir`` (None without), ``model`` a width and a data set."""
+    """A task. ``data`` takes the folder of ``--data-dir`` (None without), ``model`` a width and a data set.
+
+    ``source`` says which data set has to be found or downloaded first, for those that do.
+    """
 
     name: str
     title: str
@@ -26,7 +30,7 @@ class Problem:
     epochs: int
     batch_size: int
     weight_decay: float
-    downloads: bool = False
+    source: Callable[[], "Cifar"] | None = None
 
 
 def _digits(_: Path | None) -> "Dataset":
@@ -35,11 +39,16 @@ def _digits(_: Path | None) -> "Dataset":
     return digits()
 
 
-def _cifar10(data_dir: Path | None) -> "Dataset":
-    from kfqn.race.cifar import cifar10
+def _cifar_10() -> "Cifar":
+    from kfqn.race.cifar import CIFAR_10
 
-    assert data_dir is not None
-    return cifar10(data_dir)
+    return CIFAR_10
+
+
+def _cifar_100() -> "Cifar":
+    from kfqn.race.cifar import CIFAR_100
+
+    return CIFAR_100
 
 
 def _small_all_cnn(width: int, data: "Dataset") -> "nn.Module":
@@ -52,6 +61,34 @@ def _all_cnn_c(width: int, data: "Dataset") -> "nn.Module":
     from kfqn.race.models import all_cnn_c
 
     return all_cnn_c(data.classes, channels=data.train.x.shape[1], width=width)
+
+
+def _vgg16(width: int, data: "Dataset") -> "nn.Module":
+    from kfqn.race.models import vgg16
+
+    return vgg16(data.classes, channels=data.train.x.shape[1], width=width)
+
+
+def _of_the_paper(
+    name: str, source: Callable[[], "Cifar"], title: str, model: Callable[..., "nn.Module"], width: int
+) -> Problem:
+    """One of the four problems of section 6, with the fixed settings of appendix B.2."""
+
+    def data(data_dir: Path | None) -> "Dataset":
+        assert data_dir is not None
+        return source().load(data_dir)
+
+    return Problem(
+        name=name,
+        title=title,
+        data=data,
+        model=model,
+        width=width,
+        epochs=40,
+        batch_size=256,
+        weight_decay=5e-4,
+        source=source,
+    )
 
 
 PROBLEMS = {
@@ -67,16 +104,9 @@ PROBLEMS = {
             batch_size=256,
             weight_decay=0.0,
         ),
-        Problem(
-            name="cifar10-allcnn",
-            title="CIFAR-10, All-CNN-C",
-            data=_cifar10,
-            model=_all_cnn_c,
-            width=96,
-            epochs=40,
-            batch_size=256,
-            weight_decay=5e-4,
-            downloads=True,
-        ),
+        _of_the_paper("cifar10-allcnn", _cifar_10, "CIFAR-10, All-CNN-C", _all_cnn_c, width=96),
+        _of_the_paper("cifar10-vgg16", _cifar_10, "CIFAR-10, VGG16", _vgg16, width=64),
+        _of_the_paper("cifar100-allcnn", _cifar_100, "CIFAR-100, All-CNN-C", _all_cnn_c, width=96),
+        _of_the_paper("cifar100-vgg16", _cifar_100, "CIFAR-100, VGG16", _vgg16, width=64),
     )
 }

@@ -102,7 +102,7 @@ def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
         facts = end.get("conditions", {}) | {
             "threads": str(config.threads),
             "seeds": str(config.seed),
-            "epochs": str(config.epochs),
+            "epochs": str(config.epochs or "no limit"),
             "weight decay": f"{config.weight_decay:g}",
         }
         for key, value in facts.items():

@@ -21,13 +21,20 @@ from kfqn.race.failure import Failure
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides the outcome of a run, and the device and threads that decide its seconds."""
+    """All that decides the outcome of a run, and the device and threads that decide its seconds.
+
+    A run ends after ``epochs``, or at the end of the epoch in which its CPU seconds of training
+    reach ``budget``, whichever is first; None is no limit. Loss and error are read on the
+    first ``evaluated`` training and test images.
+    """
 
     problem: str
     entrant: str
     settings: dict[str, float]
     seed: int
-    epochs: int
+    epochs: int | None
+    budget: float | None
+    evaluated: int
     width: int
     batch_size: int
     weight_decay: float

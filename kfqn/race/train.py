@@ -4,7 +4,7 @@ At the end of every epoch the training loss is read twice. ``average_loss`` is t
 moving average of the mini-batch losses with decay 0.9. It looks back over ten steps, which is
 nothing in the paper's epoch of 195 steps and a whole epoch on a small problem, so ``train_loss``
 is the loss of the weights as they are, over the training images without augmentation (the
-first 10,000 of them). Seconds count the training steps alone, neither the evaluation nor the
+first ``evaluated`` of them). Seconds count the training steps alone, neither the evaluation nor the
 warm start, which is stated by itself.
 """
 
@@ -30,7 +30,6 @@ from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.runs import Record, Run, atomic_path
 
 LOSS_DECAY = 0.9
-EVALUATED = 10_000  # training images, for the training loss
 CHECKPOINT_SECONDS = 20.0  # of work that a kill may cost
 PROGRESS_SECONDS = 0.5
 
@@ -84,7 +83,8 @@ class Trainer:
         elif isinstance(self.optimizer, TwoPassOptimizer):
             self.warm_start(self.optimizer)
         self.run.write(self.records)
-        for epoch in range(len(self.records) + 1, self.config.epochs + 1):
+        while not self.done:
+            epoch = len(self.records) + 1
             self.train_epoch(epoch)
             record = self.evaluate(epoch)
             if not math.isfinite(record["train_loss"] + record["average_loss"]):
@@ -97,6 +97,17 @@ class Trainer:
             if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                 self.save()
         self.finish({"status": "finished"})
+
+    @property
+    def done(self) -> bool:
+        """Whether epochs or budget are used up."""
+        return self.fraction(len(self.records), self.cpu_seconds) >= 1
+
+    def fraction(self, epochs: float, cpu_seconds: float) -> float:
+        """How much of the run is over, by whichever limit is nearer."""
+        shares = [epochs / self.config.epochs] if self.config.epochs else []
+        shares += [cpu_seconds / self.config.budget] if self.config.budget else []
+        return max(shares)
 
     def finish(self, end: Record) -> None:
         """Write the last record; nothing is left to resume."""
@@ -118,7 +129,8 @@ class Trainer:
         for step, (x, y) in enumerate(self.data.training_batches(self.config.batch_size, self.generator)):
             loss = self.step(x, y)
             self.average = loss if self.average is None else self.average.lerp(loss, 1 - LOSS_DECAY)
-            self.show((epoch - 1 + (step + 1) / self.steps) / self.config.epochs)
+            cpu_seconds = self.cpu_seconds + time.process_time() - cpu_start
+            self.show(self.fraction(epoch - 1 + (step + 1) / self.steps, cpu_seconds))
         self.synchronise()
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - cpu_start
@@ -138,8 +150,8 @@ class Trainer:
     def evaluate(self, epoch: int) -> Record:
         """The record of a finished epoch."""
         assert self.average is not None
-        train_loss, _ = self.loss_and_error(self.data.train.first(EVALUATED))
-        test_loss, test_error = self.loss_and_error(self.data.test)
+        train_loss, _ = self.loss_and_error(self.data.train.first(self.config.evaluated))
+        test_loss, test_error = self.loss_and_error(self.data.test.first(self.config.evaluated))
         return {
             "epoch": epoch,
             "train_loss": train_loss,

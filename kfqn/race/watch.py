@@ -1,6 +1,7 @@
 """A live view of runs, read from their files: one bar an optimizer."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,18 @@ from kfqn.race.runs import Run
 
 
 @contextlib.contextmanager
-def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], None]]:
-    """Show bars while inside; the result brings them up to date. Off a terminal, one line a finished run."""
+def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callable[[], None]]:
+    """Show bars while inside; the result brings them up to date. Off a terminal, one line a finished run.
+
+    ``by`` is the key of the records of which the lowest value is shown, and whose it is.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.entrant, []).append(run)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        TextColumn("{task.fields[state]}", justify="right"),
+        TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         console=console,
     )
@@ -33,7 +37,7 @@ def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], No
 
     def update() -> None:
         for name, of in groups.items():
-            states = [ended.get(run.folder) or _state(run) for run in of]
+            states = [ended.get(run.folder) or _state(run, by) for run in of]
             for run, state in zip(of, states, strict=True):
                 if state.status and run.folder not in ended:
                     ended[run.folder] = state
@@ -41,7 +45,8 @@ def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], No
                         console.print(
                             f"[{len(ended)}/{len(runs)}] {run.folder.name}: {state.status}", markup=False
                         )
-            progress.update(tasks[name], completed=sum(s.fraction for s in states), state=_summary(states))
+            done = sum(state.fraction for state in states)
+            progress.update(tasks[name], completed=done, state=_summary(states, by))
 
     update()
     news = True
@@ -54,22 +59,30 @@ def live_view(runs: Sequence[Run], console: Console) -> Iterator[Callable[[], No
 
 @dataclass(frozen=True)
 class State:
-    """A run as its files show it; ``status`` is empty while it lasts."""
+    """A run as its files show it; ``status`` is empty while it lasts, ``lowest`` ∞ without an epoch."""
 
     status: str
     fraction: float
-    loss: float | None
+    lowest: float
+    settings: str
 
 
-def _state(run: Run) -> State:
+def _state(run: Run, by: str) -> State:
     records = run.records()
     status = records[-1].get("status", "") if records else ""
-    losses = [record["train_loss"] for record in records if "epoch" in record]
-    return State(status, 1.0 if status else run.fraction(), losses[-1] if losses else None)
+    lowest = min((record[by] for record in records if "epoch" in record), default=math.inf)
+    settings = ", ".join(f"{key} {value:g}" for key, value in run.config.settings.items())
+    return State(status, 1.0 if status else run.fraction(), lowest, settings)
 
 
-def _summary(states: Sequence[State]) -> str:
-    text = f"{sum(bool(s.status) for s in states)} of {len(states)} runs"
-    losses = [s.loss for s in states if s.loss is not None]
+def _summary(states: Sequence[State], by: str) -> str:
+    """Done, running, lost, and the best so far: "12 of 63, 2 running, best train loss 0.12 at lr 30"."""
+    running = sum(not s.status and s.fraction > 0 for s in states)
     lost = sum(s.status not in ("", "finished") for s in states)
-    return text + (f", best loss {min(losses):.3g}" if losses else "") + (f", {lost} lost" if lost else "")
+    best = min(states, key=lambda s: s.lowest)
+    parts = [f"{sum(bool(s.status) for s in states)} of {len(states)}"]
+    parts += [f"{running} running"] if running else []
+    parts += [f"{lost} lost"] if lost else []
+    if math.isfinite(best.lowest):
+        parts.append(f"best {by.replace('_', ' ')} {best.lowest:.3g} at {best.settings}")
+    return ", ".join(parts)

@@ -1,0 +1,90 @@
+"""What a sweep tries, as data: the ranges of appendix B.2, and those of the digits.
+
+`PRINTED` and `TABLE_3` hold the paper's numbers as printed. Its SGD-m averages the gradient, so that its
+learning rate is ten times that of `torch.optim.SGD` with momentum 0.9 (`docs/decisions.md`, 15);
+`in_torch` translates. All settings elsewhere are torch's.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+Settings = Mapping[str, float]
+Grid = Mapping[str, tuple[float, ...]]
+
+_SECOND_ORDER = {
+    "lr": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    "damping": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+}
+
+PRINTED: Mapping[str, Grid] = {
+    "kfbfgs": _SECOND_ORDER,
+    "kflbfgs": _SECOND_ORDER,
+    "kfac": _SECOND_ORDER,
+    "adam": {
+        "lr": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1),
+        "eps": (1e-12, 1e-8, 1e-4, 0.01, 0.1),
+        "beta2": (0.9,),
+    },
+    "sgd": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)},
+}
+
+FIGURE_3_DAMPING = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+TABLE_3: Mapping[str, Mapping[str, Settings]] = {
+    "cifar10-allcnn": {
+        "kfbfgs": {"lr": 30.0, "damping": 30.0},
+        "kflbfgs": {"lr": 30.0, "damping": 30.0},
+        "kfac": {"lr": 100.0, "damping": 30.0},
+        "adam": {"lr": 1e-4, "eps": 1e-4, "beta2": 0.9},
+        "sgd": {"lr": 0.1},
+    },
+    "cifar10-vgg16": {
+        "kfbfgs": {"lr": 30.0, "damping": 100.0},
+        "kflbfgs": {"lr": 3.0, "damping": 3.0},
+        "kfac": {"lr": 100.0, "damping": 100.0},
+        "adam": {"lr": 0.01, "eps": 0.1, "beta2": 0.9},
+        "sgd": {"lr": 0.1},
+    },
+    "cifar100-allcnn": {
+        "kfbfgs": {"lr": 100.0, "damping": 100.0},
+        "kflbfgs": {"lr": 100.0, "damping": 100.0},
+        "kfac": {"lr": 1000.0, "damping": 100.0},
+        "adam": {"lr": 1e-4, "eps": 1e-8, "beta2": 0.9},
+        "sgd": {"lr": 0.3},
+    },
+    "cifar100-vgg16": {
+        "kfbfgs": {"lr": 30.0, "damping": 100.0},
+        "kflbfgs": {"lr": 10.0, "damping": 100.0},
+        "kfac": {"lr": 1.0, "damping": 0.3},
+        "adam": {"lr": 1e-3, "eps": 0.01, "beta2": 0.9},
+        "sgd": {"lr": 0.03},
+    },
+}
+
+_DIGITS_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
+
+DIGITS: Mapping[str, Grid] = {
+    "kfbfgs": _DIGITS_SECOND_ORDER,
+    "kflbfgs": _DIGITS_SECOND_ORDER,
+    "kfac": _DIGITS_SECOND_ORDER,
+    "sgd": {"lr": tuple(float(f"{0.003 * 100 ** (k / 19):.2g}") for k in range(20))},
+    "adam": {"lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},
+}
+
+
+def in_torch(entrant: str, settings: Settings) -> dict[str, float]:
+    """Settings as the paper prints them, in the convention of torch's optimizers."""
+    if entrant != "sgd":
+        return dict(settings)
+    return dict(settings) | {"lr": float(f"{settings['lr'] / 10:.12g}")}
+
+
+def grid(problem: str, entrant: str, stride: int = 1) -> list[dict[str, float]]:
+    """Every point that a sweep tries, in torch's convention; with a ``stride`` every so many-th value.
+
+    A coarser grid keeps the last value of every setting, where the paper's best damping often lies.
+    """
+    ranges = DIGITS[entrant] if problem == "digits" else PRINTED[entrant]
+    kept = [values[::-1][::stride][::-1] for values in ranges.values()]
+    points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
+    return points if problem == "digits" else [in_torch(entrant, point) for point in points]

@@ -1,0 +1,55 @@
+"""What is to be run: a problem at some scale, by some optimizers, with some seeds."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kfqn.race.grids import Settings
+from kfqn.race.problems import Problem
+from kfqn.race.runs import Config
+
+EVALUATED = 10_000  # training and test images that loss and error are read on
+
+Field = Sequence[tuple[str, Settings]]  # names of optimizers with settings; a name may come twice
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a problem is run and for how long; None is the problem's own, or no limit."""
+
+    epochs: int | None
+    budget: float | None
+    width: int | None
+    train_size: int | None
+    evaluated: int
+    device: str
+    jobs: int
+
+    @property
+    def threads(self) -> int:
+        """Intra-op threads of a run: parallel runs get one each."""
+        return 1 if self.jobs > 1 else os.cpu_count() or 1
+
+
+def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Config]:
+    """One configuration for every optimizer and seed, each once, all optimizers of a seed together."""
+    wanted = [
+        Config(
+            problem=problem.name,
+            entrant=name,
+            settings=dict(settings),
+            seed=seed,
+            epochs=scale.epochs,
+            budget=scale.budget,
+            evaluated=scale.evaluated,
+            width=scale.width or problem.width,
+            batch_size=problem.batch_size,
+            weight_decay=problem.weight_decay,
+            train_size=scale.train_size,
+            device=scale.device,
+            threads=scale.threads,
+        )
+        for seed in range(seeds)
+        for name, settings in field
+    ]
+    return [*{config.identity: config for config in wanted}.values()]
