@@ -7,13 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfqn.closures import closure
     from kfqn.convergent import ConvergentKFLBFGS
+    from kfqn.kfac import KFAC
     from kfqn.quasi_newton import KFBFGS, KFLBFGS
 
-__all__ = ["KFBFGS", "KFLBFGS", "ConvergentKFLBFGS"]
+__all__ = ["KFAC", "KFBFGS", "KFLBFGS", "ConvergentKFLBFGS", "closure"]
 __version__ = "0.1.0"
 
-_HOMES = {"KFBFGS": "quasi_newton", "KFLBFGS": "quasi_newton", "ConvergentKFLBFGS": "convergent"}
+_HOMES = {
+    "KFAC": "kfac",
+    "KFBFGS": "quasi_newton",
+    "KFLBFGS": "quasi_newton",
+    "ConvergentKFLBFGS": "convergent",
+    "closure": "closures",
+}
 
 
 def __getattr__(name: str) -> Any:

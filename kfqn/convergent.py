@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from kfqn.curvature import second_moment
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings, inverse_of_A, start_state
+from kfqn.optimizer import Group, State, checked_settings, inverse_factor
 from kfqn.secant import double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.two_pass import TwoPassOptimizer
 
 
 @final
@@ -49,20 +50,22 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(model, checked_settings(lr, damping, beta, mu1, weight_decay, history_size))
+        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
+        super().__init__(model, settings | checked_settings(history_size=history_size))
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         rows, columns, p = layer.rows, layer.columns, group["history_size"]
         return {"H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,), "S": (p, rows), "Y": (p, rows)}
 
-    def _start(self, layer: Layer, A: Tensor, group: Group) -> State:  # line 1
-        return start_state(layer, A, self._shapes(layer, group), group["damping"])
+    def _start_G(self, state: State) -> None:
+        """An empty history already stands for I (line 1)."""
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
 
     def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:  # line 11
-        state["H_A"].copy_(inverse_of_A(layer, second_moment(layer, a), group["damping"]))
+        lambda_A = math.sqrt(group["damping"])
+        state["H_A"].copy_(inverse_factor(layer, second_moment(layer, a), lambda_A, "H_A"))
 
     def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
         lambda_G, beta = math.sqrt(group["damping"]), group["beta"]

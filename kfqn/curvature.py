@@ -1,7 +1,7 @@
-"""Statistics of A and of G for one layer and one mini-batch of m data.
+"""Statistics of A (KFAC's Ω), of G and of KFAC's Γ for one layer and one mini-batch of m data.
 
 Scales, the usual source of wrong factors: A is a mean over the data and a SUM over the
-locations T; ā, h̄ and Dh̄ are means over both (`docs/decisions.md`, 4 and 5).
+locations T; ā, h̄, Dh̄ and Γ are means over both (`docs/decisions.md`, 4, 5 and 16).
 """
 
 import math
@@ -41,7 +41,7 @@ def second_moment(layer: Layer, a: Tensor) -> Tensor:
     return A / len(a)
 
 
-def damped_inverse(A: Tensor, damping: float) -> Tensor:
+def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
     """(A + λ_A I)⁻¹ for a positive semi-definite A (Algorithm 2, line 2).
 
     By Cholesky factorisation, in float64 where the device has it, because A's condition
@@ -67,6 +67,17 @@ def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
     belongs to one datum's loss, hence the factor m (`docs/decisions.md`, 3).
     """
     return len(gradient) * mean_preactivation(gradient)
+
+
+def second_moment_of_gradient(gradient: Tensor) -> Tensor:
+    """Γ = E_n[1/|T| Σ_t Dh_t(n) Dh_t(n)ᵀ], (I, I), of Algorithm 5.
+
+    ``gradient`` (m, I, *T) as in `mean_preactivation_gradient`, but of sampled labels; Dh is m
+    times it.
+    """
+    m = len(gradient)
+    Dh = gradient.movedim(1, 0).flatten(1)
+    return (Dh @ Dh.T).mul_(m / (Dh.shape[1] / m))
 
 
 def _mean_over_data(x: Tensor) -> Tensor:

@@ -77,6 +77,12 @@ class Layer(ABC):
         if self.bias is not None:
             self.bias.add_(P[:, self.fan_in].to(self.bias.dtype), alpha=alpha)
 
+    def set_(self, W: Tensor) -> None:
+        """Make W, of shape (I, C), the parameters, in place."""
+        self.weight.copy_(W[:, : self.fan_in].view_as(self.weight))
+        if self.bias is not None:
+            self.bias.copy_(W[:, self.fan_in])
+
     def _with_ones(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
 

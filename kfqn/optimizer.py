@@ -1,31 +1,33 @@
-"""The step with two passes over one mini-batch, which every method here shares.
+"""The step that every method here takes: look at a mini-batch, move the weights, look again, learn.
 
-What differs between the methods is left to a few holes: the state a layer starts with, the
-direction, and what is learnt of A and of G.
+What differs between the methods is left to a few holes: what is watched, the state a layer
+starts with, the direction, and what is learnt of the two factors.
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfqn.capture import Seen, capture
-from kfqn.curvature import damped_inverse, second_moment
+from kfqn.capture import Seen
+from kfqn.curvature import damped_inverse
 from kfqn.layers import Layer, layers_of
-from kfqn.second_pass import random_state, second_pass, unmoved_buffers
+from kfqn.second_pass import Rewind, random_state
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
+Moments = dict[str, Tensor]  # what a layer starts from, each a mean over data
 
 
-class TwoPassOptimizer(torch.optim.Optimizer, ABC):
-    """An optimizer that looks at each mini-batch before and after its step.
+class KroneckerOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
     State is kept per layer, under the layer's weight, in the layer's `dtype` (at least
-    float32). Scalars stay tensors: no step waits for the device.
+    float32). Scalars stay tensors: no step waits for the device unless its method says so.
     """
 
     def __init__(self, model: nn.Module, defaults: Group) -> None:
@@ -38,108 +40,104 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         """The shape of every tensor in the layer's state."""
 
     @abstractmethod
-    def _start(self, layer: Layer, A: Tensor, group: Group) -> State:
-        """The layer's state before its first step, from A = E_n[Σ_t a_t a_tᵀ], (C, C)."""
+    def _check_closure(self, closure: Any) -> None:
+        """Raise TypeError or ValueError for a closure that cannot be used, before it is called."""
 
     @abstractmethod
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        """P in W ← W − α P, (I, C), from the mini-batch gradient ``DW`` (I, C)."""
+    def _first_pass(self) -> contextlib.AbstractContextManager[dict[Layer, Seen]]:
+        """Watch the first pass: keep inputs, and let ``Dh`` say which layers got a gradient."""
+
+    @abstractmethod
+    def _first_moments(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> dict[Layer, Moments]:
+        """What layers without state start from, when they were seen in the first pass."""
+
+    @abstractmethod
+    def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
+        """What layers would start from given one batch of a warm start, and of how many data."""
+
+    @abstractmethod
+    def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
+        """The layer's state before its first step."""
+
+    @abstractmethod
+    def _directions(self, gradients: dict[Layer, Tensor], group: Group) -> Iterator[tuple[Layer, Tensor]]:
+        """P in W ← W − α P, (I, C), for every layer, from its mini-batch gradient DW (I, C)."""
 
     @abstractmethod
     def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:
         """Take in the layer's input ``a`` of the first pass, after the step."""
 
     @abstractmethod
-    def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
-        """Take in how h̄ and Dh̄, (I,), changed from the first to the second pass."""
+    def _look_again(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> None:
+        """Run the second pass and learn from it; ``before`` is what moved layers showed in the first."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """One step: a pass, the update of the weights, a second pass, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
-        calls ``backward`` and returns the loss. It is called twice, must use the same
-        batch both times, and draw its random numbers from torch; the second call leaves no
+        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice, must use
+        the same batch both times, and draw its random numbers from torch; the second run leaves no
         trace in the model (`kfqn.second_pass`). A layer that the batch gives no gradient
         is left as it is.
 
         Returns the loss of the first call. Raises TypeError for a closure that is missing
         or returns no tensor, RuntimeError if no layer ran or none got a gradient, and
         ValueError for an input of the wrong kind; if the first call shows it, weights and state
-        are then as before. If the second call fails, the step is taken but H_G is not updated.
+        are then as before. If the second fails, the step is taken but nothing is learnt from it.
         """
-        if not callable(closure):
-            raise TypeError(
-                f"{self._name}.step needs a closure that clears the gradients, computes the loss, "
-                "calls backward and returns the loss, because it runs two passes over each batch."
-            )
+        self._check_closure(closure)
         rewind = random_state({layer.weight.device for layer in self._layers})
-        with torch.enable_grad(), capture(self._layers, inputs=True) as before:
+        with torch.enable_grad(), self._first_pass() as before:
             loss = closure()
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"the closure given to {self._name}.step must return the loss as a tensor, but "
                 f"returned {type(loss).__name__}: end it with 'return loss'."
             )
-        with torch.autocast(self._layers[0].weight.device.type, enabled=False):
+        with self._full_precision():
             gradients = self._gradients(before)
-            self._update(gradients, before)
-        with second_pass(self._model, rewind), torch.enable_grad():  # line 10
-            with capture(self._layers, inputs=False) as after:
-                closure()
-        if not after:
-            raise RuntimeError(
-                f"the closure given to {self._name}.step ran no layer in its second call, so the step was "
-                "taken without learning from it: it must do the same both times."
-            )
-        with torch.autocast(self._layers[0].weight.device.type, enabled=False):
-            for layer in gradients:  # lines 15-18
-                old, new = before[layer], after.get(layer)
-                if old.Dh is not None and new is not None and new.Dh is not None:
-                    state = self.state[layer.weight]
-                    self._learn_G(new.h - old.h, new.Dh - old.Dh, state, self._group)
+        moved = {layer: before[layer] for layer in gradients}
+        starting = {layer: seen for layer, seen in moved.items() if not self.state.get(layer.weight)}
+        if starting:
+            self._start_layers(self._first_moments(starting, closure, rewind))
+        with self._full_precision():
+            self._update(gradients, moved)
+        self._look_again(moved, closure, rewind)
         return loss
 
-    def _update(self, gradients: dict[Layer, Tensor], before: dict[Layer, Seen]) -> None:
+    def _update(self, gradients: dict[Layer, Tensor], seen: dict[Layer, Seen]) -> None:
         """Everything between the two passes; the inputs seen in the first are let go."""
-        starting = [layer for layer in gradients if layer.weight not in self.state]
-        self._start_layers({layer: second_moment(layer, before[layer].input()) for layer in starting})
         group = self._group
-        for layer, DW in gradients.items():  # Algorithm 2, lines 6-9
-            layer.add_(self._direction(DW, self.state[layer.weight], group), alpha=-group["lr"])
-        for layer in gradients:  # lines 12-14, before line 10: the pair is the first pass's
-            self._learn_A(layer, before[layer].input(), self.state[layer.weight], group)
-        for seen in before.values():
-            seen.a = None
+        for layer, P in self._directions(gradients, group):
+            layer.add_(P, alpha=-group["lr"])
+        for layer, record in seen.items():
+            self._learn_A(layer, record.input(), self.state[layer.weight], group)
+            record.a = None
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any]) -> None:
-        """Start every layer from the mean of A over ``batches`` (Algorithm 2, line 2).
+        """Start every layer from means over ``batches``: line 2 of Algorithm 2, line 1 of Algorithm 5.
 
         ``batches`` yields inputs of the model: a tensor, or a tuple or list of positional
-        arguments, the batch in the first dimension. The model runs forward in the mode
-        it is in; its buffers, BatchNorm's running statistics among them, do not move. Earlier
-        state of the layers that ran is dropped. Without a warm start, A comes from the first
-        mini-batch.
+        arguments, the batch in the first dimension; or closures from `kfqn.closure`, which
+        `KFAC` needs. The model is in the mode it is in; its buffers, BatchNorm's running
+        statistics among them, do not move, nor do gradients. Earlier state of the layers that
+        ran is dropped. Without a warm start, layers start from their first mini-batch.
 
         Raises ValueError without batches, and RuntimeError if no layer ran; state is
         then as it was.
         """
-        sums: dict[Layer, Tensor] = {}
+        sums: dict[Layer, Moments] = {}
         data: dict[Layer, int] = {}
         count = 0
-        with unmoved_buffers(self._model):
-            for batch in batches:
-                count += 1
-                arguments = batch if isinstance(batch, tuple | list) else (batch,)
-                with capture(self._layers, inputs=True, gradients=False) as seen:
-                    self._model(*arguments)
-                for layer, record in seen.items():
-                    a = record.input()
-                    with torch.autocast(a.device.type, enabled=False):
-                        A = second_moment(layer, a).mul_(len(a))
-                    sums[layer] = sums[layer].add_(A) if layer in sums else A
-                    data[layer] = data.get(layer, 0) + len(a)
+        for batch in batches:
+            count += 1
+            for layer, (moments, m) in self._batch_moments(batch).items():
+                data[layer] = data.get(layer, 0) + m
+                total = sums.setdefault(layer, {key: torch.zeros_like(v) for key, v in moments.items()})
+                for key, value in moments.items():
+                    total[key].add_(value, alpha=m)
         if count == 0:
             raise ValueError(
                 "warm_start got no batches: give an iterable of model inputs, and a new one each time "
@@ -147,7 +145,10 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
             )
         if not sums:
             raise RuntimeError(self._nothing_ran)
-        self._start_layers({layer: A.div_(data[layer]) for layer, A in sums.items()})
+        for layer, total in sums.items():
+            for value in total.values():
+                value.div_(data[layer])
+        self._start_layers(sums)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state saved by `state_dict`: copied, and in each layer's own `dtype`.
@@ -171,7 +172,8 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
     def _check_state(self, layer: Layer | None, state: State, group: Group) -> None:
         """Raise ValueError unless the saved state is of this optimizer and of this layer's shape."""
         saved = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-        expected = {} if layer is None or "lr" not in group else self._shapes(layer, group)
+        ours = layer is not None and self.defaults.keys() <= group.keys()
+        expected = self._shapes(layer, group) if ours and layer is not None else {}
         if saved != expected:
             raise ValueError(
                 f"this state is not {self._name}'s for {layer or 'a bias'}: it holds {saved} where "
@@ -204,6 +206,10 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
         (group,) = self.param_groups
         return group
 
+    def _full_precision(self) -> torch.autocast:
+        """Our own arithmetic is never done in lower precision, whatever surrounds the step."""
+        return torch.autocast(self._layers[0].weight.device.type, enabled=False)
+
     def _gradients(self, seen: dict[Layer, Seen]) -> dict[Layer, Tensor]:
         """DW of every layer that ran and got a gradient, L2 included."""
         if not seen:
@@ -221,56 +227,46 @@ class TwoPassOptimizer(torch.optim.Optimizer, ABC):
             )
         return gradients
 
-    def _start_layers(self, A: dict[Layer, Tensor]) -> None:
-        """Line 2 of Algorithm 2 for the given layers: all of them, or on an error none."""
-        states = {layer: self._start(layer, A[layer], self._group) for layer in A}
+    def _start_layers(self, moments: dict[Layer, Moments]) -> None:
+        """The states of the given layers: all of them, or on an error none."""
+        states = {layer: self._start(layer, moments[layer], self._group) for layer in moments}
         for layer, state in states.items():
             self.state[layer.weight] = state
 
 
-def start_state(layer: Layer, A: Tensor, shapes: dict[str, tuple[int, ...]], damping: float) -> State:
-    """H_A = (A + √λ I)⁻¹ and zeros for the other tensors of these shapes."""
-    zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
-    return {"H_A": inverse_of_A(layer, A, damping)} | zeros
-
-
-def inverse_of_A(layer: Layer, A: Tensor, damping: float) -> Tensor:
-    """(A + λ_A I)⁻¹ with λ_A = √λ; ValueError, naming the layer, if A is not finite."""
+def inverse_factor(layer: Layer, A: Tensor, damping: float | Tensor, name: str) -> Tensor:
+    """(A + damping I)⁻¹; ValueError, naming the layer, if A is not finite."""
     try:
-        return damped_inverse(A, math.sqrt(damping))
+        return damped_inverse(A, damping)
     except ValueError as error:
         raise ValueError(
-            f"{layer} has no H_A, because {error}: look for NaN, infinite or huge values in what comes "
+            f"{layer} has no {name}, because {error}: look for NaN, infinite or huge values in what comes "
             "into it."
         ) from None
 
 
-def checked_settings(
-    lr: float,
-    damping: float,
-    beta: float,
-    mu1: float,
-    weight_decay: float,
-    history_size: int | None = None,
-) -> Group:
+_RANGES = {  # low, high, whether low itself is allowed
+    "lr": (0, math.inf, False),
+    "damping": (0, math.inf, False),
+    "beta": (0, 1, True),
+    "mu1": (0, 1, False),
+    "weight_decay": (0, math.inf, True),
+    "momentum": (0, 1, True),
+    "averaging": (0, 1, True),
+    "clip": (0, math.inf, False),
+}
+_WHOLE = ("history_size", "inverse_interval")
+
+
+def checked_settings(**settings: float) -> Group:
     """The settings as a group; ValueError for one that is out of range."""
-    _check_range("lr", lr, 0)
-    _check_range("damping", damping, 0)
-    _check_range("beta", beta, 0, 1, closed=True)
-    _check_range("mu1", mu1, 0, 1)
-    _check_range("weight_decay", weight_decay, 0, closed=True)
-    group = {"lr": lr, "damping": damping, "beta": beta, "mu1": mu1, "weight_decay": weight_decay}
-    if history_size is None:
-        return group
-    if not isinstance(history_size, int) or history_size < 1:
-        raise ValueError(f"history_size must be a whole number >= 1, got {history_size!r}.")
-    return group | {"history_size": history_size}
-
-
-def _check_range(
-    name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False
-) -> None:
-    """Raise ValueError unless low < value < high, or low ≤ value < high if ``closed``."""
-    if not (low <= value < high if closed else low < value < high):
-        bounds = f"{'>=' if closed else '>'} {low:g} and " + ("finite" if high == math.inf else f"< {high:g}")
-        raise ValueError(f"{name} must be {bounds}, got {value}.")
+    for name, value in settings.items():
+        if name in _WHOLE:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+            continue
+        low, high, closed = _RANGES[name]
+        if not (low <= value < high if closed else low < value < high):
+            upper = "finite" if high == math.inf else f"< {high:g}"
+            raise ValueError(f"{name} must be {'>=' if closed else '>'} {low:g} and {upper}, got {value}.")
+    return settings

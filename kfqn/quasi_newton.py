@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kfqn.curvature import mean_activation, second_moment_matvec
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, TwoPassOptimizer, checked_settings, start_state
+from kfqn.optimizer import Group, State, checked_settings
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.two_pass import TwoPassOptimizer
 
 
 class KFQN(TwoPassOptimizer):
@@ -24,10 +25,6 @@ class KFQN(TwoPassOptimizer):
         """The shapes of what the state holds of H_G."""
 
     @abstractmethod
-    def _start_G(self, state: State) -> None:
-        """Turn what the state holds of H_G, zeros so far, into H_G = I, in place."""
-
-    @abstractmethod
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         """H_G V, (I, C), for ``V`` (I, C)."""
 
@@ -39,11 +36,6 @@ class KFQN(TwoPassOptimizer):
         rows, columns = layer.rows, layer.columns
         shapes = {"DW": (rows, columns), "H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,)}
         return shapes | self._shapes_G(layer, group)
-
-    def _start(self, layer: Layer, A: Tensor, group: Group) -> State:  # line 2
-        state = start_state(layer, A, self._shapes(layer, group), group["damping"])
-        self._start_G(state)
-        return state
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
         average = state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
@@ -80,12 +72,7 @@ class KFBFGS(KFQN):
         optimizer = kfqn.KFBFGS(model)
         optimizer.warm_start(x for x, _ in loader)  # optional
         for x, target in loader:
-            def closure():
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x), target)
-                loss.backward()
-                return loss
-            loss = optimizer.step(closure)
+            loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
         model: the network. Its trainable parameters must all belong to `Linear` layers on
@@ -116,7 +103,8 @@ class KFBFGS(KFQN):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(model, checked_settings(lr, damping, beta, mu1, weight_decay))
+        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
+        super().__init__(model, settings)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return {"H_G": (layer.rows, layer.rows)}
@@ -153,8 +141,8 @@ class KFLBFGS(KFQN):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = checked_settings(lr, damping, beta, mu1, weight_decay, history_size)
-        super().__init__(model, defaults)
+        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
+        super().__init__(model, settings | checked_settings(history_size=history_size))
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))

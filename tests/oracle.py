@@ -187,3 +187,50 @@ class Algorithm3(Algorithm2):
             self.H_G[i] = torch.eye(len(s), dtype=s.dtype)
             for pair in self.pairs[i]:
                 self.H_G[i] = bfgs(self.H_G[i], *pair)
+
+
+class Algorithm5(Algorithm2):
+    """KFAC; the labels sampled in each extra pass are given, and T is the inversion interval."""
+
+    def __init__(self, net, loss, lr, damping, beta, weight_decay, T):
+        super().__init__(net, loss, lr, damping, beta, 0.0, weight_decay)
+        self.T, self.k, self.Omega, self.Gamma, self.H_Omega, self.H_Gamma = T, 0, None, None, None, None
+
+    def start(self, batches):
+        """Line 1, from pairs of inputs and sampled labels."""
+        passes = [self.pass_over(x, sampled) for x, sampled in batches]
+        a = [torch.cat(of) for of in zip(*(a for a, _, _ in passes), strict=True)]
+        Dh = [torch.cat(of) for of in zip(*(Dh for _, _, Dh in passes), strict=True)]
+        self.Omega = [second_moment(at) for at in a]
+        self.Gamma = [gamma(D) for D in Dh]
+        self.invert()
+
+    def invert(self):
+        """Line 14."""
+        regular = [
+            [M + self.lam * torch.eye(len(M), dtype=M.dtype) for M in of] for of in (self.Omega, self.Gamma)
+        ]
+        self.H_Omega, self.H_Gamma = ([torch.linalg.inv(M) for M in of] for of in regular)
+
+    def step(self, x, target, sampled, sampled_at_start=None):
+        """Lines 4-16."""
+        self.k += 1
+        if self.Omega is None:
+            self.start([(x, sampled_at_start)])
+        a, _, Dh = self.pass_over(x, target)
+        for i in range(len(self.W)):
+            pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * self.W[i]
+            self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
+            self.W[i] = self.W[i] - self.lr * self.H_Gamma[i] @ self.average[i] @ self.H_Omega[i]
+        _, _, Dh = self.pass_over(x, sampled)
+        for i in range(len(self.W)):
+            self.Omega[i] = self.beta * self.Omega[i] + (1 - self.beta) * second_moment(a[i])
+            self.Gamma[i] = self.beta * self.Gamma[i] + (1 - self.beta) * gamma(Dh[i])
+        if self.k % self.T == 0:
+            self.invert()
+
+
+def gamma(Dh):
+    """E_n of the mean over locations of Dh_t Dh_tᵀ."""
+    return sum(torch.outer(D, D) for Dn in Dh for D in Dn) / (Dh.shape[0] * Dh.shape[1])

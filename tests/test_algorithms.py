@@ -1,4 +1,4 @@
-"""Algorithms 2 and 3 as a whole: every weight of twenty steps against the oracle, in float64."""
+"""Algorithms 2, 3 and 5 as a whole: every weight of twenty steps against the oracle, in float64."""
 
 import oracle
 import pytest
@@ -38,6 +38,47 @@ def test_twenty_steps_of_every_weight(net, method, warm):
         state = optimizer.state[module.weight]
         H_A = reference.H_A[i]
         torch.testing.assert_close(state["H_A"], H_A, rtol=1e-8, atol=1e-8 * H_A.abs().max().item())
+
+
+class Sampler:
+    """Draws labels as kfqn.closure does for cross_entropy, and remembers them."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def __call__(self, output, generator):
+        self.drawn.append(torch.multinomial(output.softmax(1), 1, generator=generator)[:, 0])
+        return self.drawn[-1]
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("net", NETS)
+def test_twenty_steps_of_kfac(net, warm):
+    make, shape = NETS[net]
+    model, sampler = make(), Sampler()
+    settings = {"lr": 0.3, "damping": 0.3, "beta": 0.8, "weight_decay": 0.01}
+    reference = oracle.Algorithm5(model, F.cross_entropy, **settings, T=3)
+    optimizer = kfqn.KFAC(model, **settings, inverse_interval=3, seed=7)
+    data = batches(shape, count=20)
+
+    def with_sampler(x, target):
+        return kfqn.closure(model, x, target, F.cross_entropy, sample=sampler)
+
+    if warm:
+        optimizer.warm_start(with_sampler(x, target) for x, target in data)
+        reference.start([(x, sampled) for (x, _), sampled in zip(data, sampler.drawn, strict=True)])
+    for x, target in data:
+        sampler.drawn = []
+        optimizer.step(with_sampler(x, target))
+        *at_start, sampled = sampler.drawn
+        reference.step(x, target, sampled, *at_start)
+        layers = [m for m in model if isinstance(m, oracle.TRAINABLE)]
+        for W, module in zip(reference.W, layers, strict=True):
+            torch.testing.assert_close(oracle.matrix(module), W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+    for i, module in enumerate(layers):
+        state = optimizer.state[module.weight]
+        for key, expected in (("Omega", reference.Omega[i]), ("Gamma", reference.Gamma[i])):
+            torch.testing.assert_close(state[key], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_weight_decay_reaches_gradients_not_the_reported_loss():

@@ -13,16 +13,29 @@ from torch import nn
 
 import kfqn
 
-OPTIMIZERS = {
+TWO_PASS = {
     "KFBFGS": kfqn.KFBFGS,
     "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
     "ConvergentKFLBFGS": lambda model, **settings: kfqn.ConvergentKFLBFGS(model, history_size=3, **settings),
+}
+OPTIMIZERS = TWO_PASS | {
+    "KFAC": lambda model, **settings: kfqn.KFAC(model, inverse_interval=2, seed=1, **settings),
+    "KFAC with all options": lambda model, **settings: kfqn.KFAC(
+        model, inverse_interval=3, pi=True, clip=0.1, momentum=0.5, averaging=0.9, seed=1, **settings
+    ),
 }
 
 
 @pytest.fixture(params=OPTIMIZERS)
 def make(request):
+    """Every optimizer."""
     return OPTIMIZERS[request.param]
+
+
+@pytest.fixture(params=TWO_PASS)
+def make_two_pass(request):
+    """Those that take a closure of the user's own."""
+    return TWO_PASS[request.param]
 
 
 def train(model, optimizer, data):
@@ -42,6 +55,14 @@ def snapshot(model, optimizer):
 def unchanged(before, after):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     return True
+
+
+def test_one_loop_serves_every_optimizer(make):
+    """What kfqn.closure gives is a closure for torch's optimizers too."""
+    for build in (make, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)):
+        model, data = mlp(), batches((5,), 1) * 5
+        losses = train(model, build(model), data)
+        assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -71,7 +92,7 @@ def test_resuming_is_bit_identical_through_a_file(make, k, warm, tmp_path):
     model = odd_cnn()
     optimizer = make(model, lr=0.2)
     if warm:
-        optimizer.warm_start(x for x, _ in data)
+        optimizer.warm_start(closure(model, optimizer, x, target) for x, target in data)
     train(model, optimizer, data[:k])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
     train(model, optimizer, data[k:])
@@ -120,10 +141,10 @@ def test_state_is_plain_tensors_under_the_weights(make):
 
 
 @pytest.mark.parametrize("around", ["closure", "step"])
-def test_statistics_are_float32_under_autocast(make, around):
+def test_statistics_are_float32_under_autocast(make_two_pass, around):
     """h is bfloat16 there, but its mean must not be: 1/m Σ h has more digits than h."""
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1, size=65)
-    optimizer, outputs = make(model, beta=0.0), []
+    optimizer, outputs = make_two_pass(model, beta=0.0), []
     model[0].register_forward_hook(lambda *call: outputs.append(call[2].detach().double()))
 
     def evaluate():
@@ -205,9 +226,9 @@ def test_a_buffer_that_a_module_replaces_is_put_back(make):
     assert model.calls == 2
 
 
-def test_no_weight_gradient_is_computed_in_the_second_pass(make):
+def test_no_weight_gradient_is_computed_in_the_second_pass(make_two_pass):
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
-    optimizer, flags = make(model), []
+    optimizer, flags = make_two_pass(model), []
 
     def evaluate():
         optimizer.zero_grad()
@@ -220,9 +241,9 @@ def test_no_weight_gradient_is_computed_in_the_second_pass(make):
     assert [set(f) for f in flags] == [{True}, {False}]
 
 
-def test_a_closure_that_zeroes_gradients_in_place_keeps_those_of_the_first_pass(make):
+def test_a_closure_that_zeroes_gradients_in_place_keeps_those_of_the_first_pass(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
 
     def evaluate():
         optimizer.zero_grad(set_to_none=False)
@@ -235,17 +256,17 @@ def test_a_closure_that_zeroes_gradients_in_place_keeps_those_of_the_first_pass(
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
 
 
-def test_a_warm_start_leaves_no_trace_in_the_model(make):
+def test_a_warm_start_leaves_no_trace_in_the_model(make_two_pass):
     model = Noisy()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    make(model).warm_start([torch.randn(4, 1, 6, 6)])
+    make_two_pass(model).warm_start([torch.randn(4, 1, 6, 6)])
     assert unchanged(before, model.state_dict())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_warm_start_weighs_batches_by_their_size(make):
+def test_a_warm_start_weighs_batches_by_their_size(make_two_pass):
     model, x = mlp(), torch.randn(7, 5)
-    one, many = make(model), make(model)
+    one, many = make_two_pass(model), make_two_pass(model)
     one.warm_start([x])
     many.warm_start([(x[:4],), [x[4:]]])
     weight = model[0].weight
@@ -259,10 +280,10 @@ def no_hooks(model):
     return not any(m._forward_hooks for m in model.modules())
 
 
-def test_a_second_pass_that_fails_gives_everything_back(make):
+def test_a_second_pass_that_fails_gives_everything_back(make_two_pass):
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
     model.register_buffer("expanded", torch.zeros(1).expand(3))
-    optimizer, seen = make(model), []
+    optimizer, seen = make_two_pass(model), []
 
     def evaluate():
         if seen:
@@ -280,9 +301,9 @@ def test_a_second_pass_that_fails_gives_everything_back(make):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_hooks_are_gone_after_a_step_and_after_a_failure_in_either_pass(make):
+def test_hooks_are_gone_after_a_step_and_after_a_failure_in_either_pass(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
     train(model, optimizer, [(x, target)])
     assert no_hooks(model)
     for failing in (1, 2):
@@ -298,16 +319,19 @@ def test_hooks_are_gone_after_a_step_and_after_a_failure_in_either_pass(make):
             loss.backward()
             return loss
 
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(evaluate)
+        assert calls == failing
         assert no_hooks(model)
         assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_forward_pass_without_gradient_is_not_looked_at(make):
+def test_a_forward_pass_without_gradient_is_not_looked_at(make_two_pass):
     (x, target), (other, _) = batches((5,), 2)
     model = mlp()
     twin = mlp()
     twin.load_state_dict(model.state_dict())
-    optimizer, twin_optimizer = make(model), make(twin)
+    optimizer, twin_optimizer = make_two_pass(model), make_two_pass(twin)
 
     def evaluate():
         with torch.no_grad():
@@ -369,9 +393,26 @@ WRONG_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("message", WRONG_ARGUMENTS)
-def test_arguments_out_of_range(make, message):
+def test_arguments_out_of_range(make_two_pass, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        make(mlp(), **WRONG_ARGUMENTS[message])
+        make_two_pass(mlp(), **WRONG_ARGUMENTS[message])
+
+
+KFAC_ARGUMENTS = {
+    "lr must be > 0 and finite, got -0.1": {"lr": -0.1},
+    "damping must be > 0 and finite, got 0": {"damping": 0},
+    "weight_decay must be >= 0 and finite, got -1": {"weight_decay": -1},
+    "inverse_interval must be a whole number >= 1, got 0": {"inverse_interval": 0},
+    "momentum must be >= 0 and < 1, got 1": {"momentum": 1},
+    "averaging must be >= 0 and < 1, got -0.1": {"averaging": -0.1},
+    "clip must be > 0 and finite, got 0": {"clip": 0},
+}
+
+
+@pytest.mark.parametrize("message", KFAC_ARGUMENTS)
+def test_arguments_of_kfac_out_of_range(message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kfqn.KFAC(mlp(), **KFAC_ARGUMENTS[message])
 
 
 @pytest.mark.parametrize("history_size", [0, -3, 2.5])
@@ -464,9 +505,9 @@ WRONG_CLOSURES = {
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("message", WRONG_CLOSURES)
-def test_a_wrong_closure_gets_one_sentence_and_changes_nothing(make, message, trained):
+def test_a_wrong_closure_gets_one_sentence_and_changes_nothing(make_two_pass, message, trained):
     model, data = mlp(), batches((5,), 3)
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
     if trained:
         train(model, optimizer, data[:2])
     before = snapshot(model, optimizer)
@@ -478,9 +519,9 @@ def test_a_wrong_closure_gets_one_sentence_and_changes_nothing(make, message, tr
     train(model, optimizer, data)  # and the optimizer still works
 
 
-def test_other_wrong_calls(make):
+def test_other_wrong_calls(make_two_pass):
     model = mlp()
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
     with pytest.raises(TypeError, match="step needs a closure"):
         optimizer.step(None)
     with pytest.raises(ValueError, match="warm_start got no batches"):
@@ -525,10 +566,10 @@ def test_a_layer_frozen_by_half_after_the_fact_is_named(make):
         optimizer.step(closure(model, optimizer, x, target))
 
 
-def test_backward_may_be_called_for_each_part_of_the_loss(make):
+def test_backward_may_be_called_for_each_part_of_the_loss(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
     twin = copy.deepcopy(model)
-    optimizer, twin_optimizer = make(model), make(twin)
+    optimizer, twin_optimizer = make_two_pass(model), make_two_pass(twin)
 
     def in_parts():
         optimizer.zero_grad()
@@ -547,17 +588,17 @@ def test_backward_may_be_called_for_each_part_of_the_loss(make):
     )
 
 
-def test_a_second_call_that_runs_nothing_is_an_error(make):
+def test_a_second_call_that_runs_nothing_is_an_error(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
     calls = iter([closure(model, optimizer, x, target), lambda: torch.zeros(())])
     with pytest.raises(RuntimeError, match="ran no layer in its second call"):
         optimizer.step(lambda: next(calls)())
 
 
-def test_a_convolution_refuses_an_input_without_a_batch(make):
+def test_a_convolution_refuses_an_input_without_a_batch(make_two_pass):
     model = odd_cnn()
-    optimizer = make(model)
+    optimizer = make_two_pass(model)
     with pytest.raises(ValueError, match=r"'0' \(Conv2d\) takes inputs of 4 dimensions"):
         optimizer.warm_start([torch.randn(2, 6, 6)])
 

@@ -17,7 +17,19 @@ SOURCES = sorted((ROOT / "kfqn").rglob("*.py"))
 MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 
 # A module may import only what stands to the left of it; race may import everything.
-ORDER = ["secant", "layers", "curvature", "capture", "second_pass", "optimizer", "quasi_newton", "convergent"]
+ORDER = [
+    "secant",
+    "layers",
+    "curvature",
+    "closures",
+    "capture",
+    "second_pass",
+    "optimizer",
+    "two_pass",
+    "quasi_newton",
+    "convergent",
+    "kfac",
+]
 
 
 def imports(path):

@@ -44,9 +44,16 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
 def _kfac(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
-    pi = bool(settings.get("pi", 0))
-    others = {key: value for key, value in settings.items() if key != "pi"}
-    return kfqn.KFAC(model, **others, pi=pi, weight_decay=weight_decay)
+    return kfqn.KFAC(
+        model,
+        lr=settings["lr"],
+        damping=settings["damping"],
+        weight_decay=weight_decay,
+        pi=bool(settings.get("pi", 0)),
+        clip=settings.get("clip"),
+        momentum=settings.get("momentum", 0.0),
+        averaging=settings.get("averaging", 0.0),
+    )
 
 
 def _sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":

@@ -8,6 +8,7 @@ first ``evaluated`` of them). Seconds count the training steps alone, neither th
 warm start, which is stated by itself.
 """
 
+import contextlib
 import datetime
 import functools
 import math
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kfqn
-from kfqn.optimizer import TwoPassOptimizer
+from kfqn.closures import Closure
+from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race.data import Dataset, Images
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.problems import PROBLEMS, Problem
@@ -80,7 +82,7 @@ class Trainer:
         """Every epoch that is left, then the record of the end."""
         if self.run.checkpoint.exists():
             self.load()
-        elif isinstance(self.optimizer, TwoPassOptimizer):
+        elif isinstance(self.optimizer, KroneckerOptimizer):
             self.warm_start(self.optimizer)
         self.run.write(self.records)
         while not self.done:
@@ -115,11 +117,12 @@ class Trainer:
         self.run.write([*self.records, end | facts])
         self.run.checkpoint.unlink(missing_ok=True)
 
-    def warm_start(self, optimizer: TwoPassOptimizer) -> None:
-        """A from one epoch of augmented batches, as the authors did it; another stream of randomness."""
+    def warm_start(self, optimizer: KroneckerOptimizer) -> None:
+        """Start from one epoch of augmented batches, as the authors did; another stream of randomness."""
         generator = torch.Generator().manual_seed(self.config.seed + 2**32)
         start = time.perf_counter()
-        optimizer.warm_start(x for x, _ in self.data.training_batches(self.config.batch_size, generator))
+        batches = self.data.training_batches(self.config.batch_size, generator)
+        optimizer.warm_start(self.closure(x, y) for x, y in batches)
         self.warm_start_seconds = time.perf_counter() - start
 
     def train_epoch(self, epoch: int) -> None:
@@ -137,21 +140,22 @@ class Trainer:
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of any optimizer; the loss before it."""
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x), y)
-            loss.backward()
-            return loss
-
-        loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
+        loss: Any = self.optimizer.step(self.closure(x, y))  # type: ignore[arg-type]
         return torch.as_tensor(loss).detach()
+
+    def closure(self, x: Tensor, y: Tensor) -> Closure:
+        """The closure of a batch."""
+        return kfqn.closure(self.model, x, y, F.cross_entropy)
 
     def evaluate(self, epoch: int) -> Record:
         """The record of a finished epoch."""
         assert self.average is not None
-        train_loss, _ = self.loss_and_error(self.data.train.first(self.config.evaluated))
-        test_loss, test_error = self.loss_and_error(self.data.test.first(self.config.evaluated))
+        averaged = (
+            self.optimizer.averaged if isinstance(self.optimizer, kfqn.KFAC) else contextlib.nullcontext
+        )
+        with averaged():
+            train_loss, _ = self.loss_and_error(self.data.train.first(self.config.evaluated))
+            test_loss, test_error = self.loss_and_error(self.data.test.first(self.config.evaluated))
         return {
             "epoch": epoch,
             "train_loss": train_loss,
