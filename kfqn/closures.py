@@ -92,8 +92,9 @@ def _categorical(output: Tensor, generator: torch.Generator) -> Tensor:
             f"classes can be sampled for outputs of shape (m, classes), but got {tuple(output.shape)}: give "
             "kfqn.closure a function sample(output, generator) that draws targets."
         )
-    labels: Tensor = torch.multinomial(output.float().softmax(1), 1, generator=generator)[:, 0]
-    return labels
+    p = output.float().softmax(1)
+    waits = torch.empty_like(p).exponential_(generator=generator)  # class i comes first with probability p_i
+    return (p / waits).argmax(1)  # torch.multinomial would stop the program where p is NaN
 
 
 def _normal(output: Tensor, generator: torch.Generator) -> Tensor:

@@ -181,7 +181,7 @@ class KFAC(KroneckerOptimizer):
                 if layer in sampled:
                     state["Gamma"].lerp_(sampled[layer].Dh, 1 - group["beta"])  # line 12
                 if group["k"] % group["inverse_interval"] == 0:  # line 13
-                    _invert(state, group)
+                    invert(state, group)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -218,7 +218,7 @@ def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, 
     return damping * pi, damping / pi
 
 
-def _invert(state: State, group: Group) -> None:
+def invert(state: State, group: Group) -> None:
     """Line 14; a factor that is not finite keeps its last inverse."""
     lambda_Omega, lambda_Gamma = _split(state["Omega"], state["Gamma"], group)
     for name, damping in (("Omega", lambda_Omega), ("Gamma", lambda_Gamma)):

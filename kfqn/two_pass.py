@@ -18,9 +18,10 @@ from kfqn.second_pass import Rewind, second_pass, unmoved_buffers
 
 
 class TwoPassOptimizer(KroneckerOptimizer):
-    """The loop of Algorithm 2 and of Algorithm 3: H_G learns how h̄ and Dh̄ change when the same closure runs again.
+    """The loop of Algorithm 2 and of Algorithm 3: the same closure runs before and after the step.
 
-    A layer's first state has H_A = (A + λ_A I)⁻¹ and zeros elsewhere.
+    H_G learns how h̄ and Dh̄ change from one run to the other. A layer's first state has
+    H_A = (A + λ_A I)⁻¹ and zeros elsewhere.
     """
 
     @abstractmethod

@@ -1,6 +1,7 @@
-"""The command line, ``kfqn race`` and ``kfqn sweep``: what can be said, without importing anything heavy."""
+"""The command line: what can be said, without importing anything heavy."""
 
 import argparse
+import importlib
 import importlib.util
 import math
 import sys
@@ -23,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
                 raise Failure(f"{package} is missing: install the race with pip install 'kfqn[race]'.")
-        from kfqn.race import commands
-
-        result: int = getattr(commands, options.command)(options)
+        home = {"figure": "paper_figures", "table": "paper_tables"}.get(options.command, "commands")
+        module = importlib.import_module(f"kfqn.race.{home}")
+        result: int = getattr(module, options.command)(options)
     except Failure as failure:
         print(f"kfqn: {failure}", file=sys.stderr)
         return 2
@@ -80,10 +81,58 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--seeds", dest="sweep_seeds", type=positive, default=1, help="runs of every point (default: 1)"
     )
-    add_search(sweep)
+    add_search(sweep, by=True)
     add_problem(sweep)
     add_scale(sweep)
+    figure = commands.add_parser(
+        "figure",
+        help="draw a figure of the paper",
+        description="Draw Figure 1, 2, 3 or 4 of the paper from the files of runs in the output folder, "
+        "after running what is missing. Settings: those that 'kfqn sweep --out OUT/PROBLEM' found, else the "
+        "paper's Table 3 (Figures 3 and 4 sweep first if nobody has). A run lasts the paper's 2000 CPU "
+        "seconds, by the share of the training images that --train-size leaves, unless --epochs or --budget "
+        "says otherwise.",
+    )
+    figure.set_defaults(command="figure")
+    figure.add_argument("number", type=int, choices=(1, 2, 3, 4))
+    figure.add_argument(
+        "--seeds", type=positive, default=5, help="runs of everything (default: the paper's 5)"
+    )
+    add_paper(figure)
+
+    table = commands.add_parser(
+        "table",
+        help="print a table of the paper",
+        description="Print Table 1 (storage), 2 (computation per iteration) or 3 (best settings) of the "
+        "paper with what is measured here. Table 3 sweeps first where nobody has; its options are "
+        "those of 'kfqn sweep'. Tables 1 and 2 need no data.",
+    )
+    table.set_defaults(command="table")
+    table.add_argument("number", type=int, choices=(1, 2, 3))
+    table.add_argument(
+        "--batch-size", type=positive, default=256, help="m, for Table 2 (default: the paper's 256)"
+    )
+    add_paper(table)
     return top
+
+
+def add_paper(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that redo a figure or a table."""
+    command.add_argument(
+        "--problem",
+        nargs="+",
+        choices=PROBLEMS,
+        metavar="PROBLEM",
+        help="default: those the paper shows there",
+    )
+    command.add_argument(
+        "--optimizers", nargs="+", choices=ENTRANTS, default=list(ENTRANTS), help="default: all"
+    )
+    command.add_argument(
+        "--out", type=Path, help="output folder, which holds one folder a problem (default: runs)"
+    )
+    add_search(command, by=False)
+    add_scale(command)
 
 
 def add_problem(command: argparse.ArgumentParser) -> None:
@@ -94,15 +143,16 @@ def add_problem(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, help="output folder (default: runs/PROBLEM)")
 
 
-def add_search(command: argparse.ArgumentParser) -> None:
+def add_search(command: argparse.ArgumentParser, *, by: bool) -> None:
     """How a command that tunes goes through the grids."""
-    command.add_argument(
-        "--by",
-        choices=("average_loss", "train_loss", "test_error"),
-        default="average_loss",
-        help="what the best point has the least of, at the end of any epoch; average_loss is the paper's 0.9 "
-        "moving average of mini-batch losses (default: %(default)s)",
-    )
+    if by:
+        command.add_argument(
+            "--by",
+            choices=("average_loss", "train_loss", "test_error"),
+            default="average_loss",
+            help="what the best point has the least of, at the end of any epoch; average_loss is the paper's "
+            "0.9 moving average of mini-batch losses (default: %(default)s)",
+        )
     command.add_argument("--coarse", action="store_true", help="only every second value of each setting")
     command.add_argument(
         "--halving",

@@ -46,7 +46,7 @@ def sweep(options: argparse.Namespace) -> int:
     sweeping.load(path)
     data_dir = data_folder(options, [problem], console)
     result, runs = tune(options, problem, options.optimizers, scale, out, data_dir, console)
-    result = sweeping.save(result, problem.name, path)
+    result = sweeping.save(result, sweeping.key(problem.name, options.by), path)
     sweeping.print_outcome(result, console)
     console.print(f"saved to {path}", highlight=False, soft_wrap=True)
     return exit_status(runs)

@@ -1,12 +1,13 @@
-"""The paper's four panels: training loss above test error, by epoch and by time."""
+"""The paper's four panels: training loss above test error, by epoch and by time; one block a problem."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from kfqn.race.entrants import ENTRANTS
@@ -15,43 +16,65 @@ from kfqn.race.summary import Standing, common_target
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#F0E442"]  # Okabe-Ito
 DASHES = ["-", "--", "-.", ":"]
-ROWS = {"train_loss": "training loss", "test_error": "test error, %"}
-COLUMNS = {"epoch": "epoch", "seconds": "training time, s"}
+SIZE = (10.0, 7.0)  # inches of one block
 
 
-def draw(standings: Sequence[Standing], title: str, path: Path) -> None:
-    """Write the figure; the suffix of ``path`` (.png, .svg, .pdf) chooses the format."""
+def draw(blocks: Sequence[tuple[str, Sequence[Standing]]], title: str, path: Path) -> None:
+    """Write the figure, one block of four panels for every title and its standings.
+
+    The suffix of ``path`` (.png, .svg, .pdf) chooses the format. Colours tell optimizers
+    apart, or settings where a block shows several of one optimizer.
+    """
     matplotlib.use("Agg")
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    drawn: list[str] = []
-    for standing in standings:
-        name = standing.config.entrant
-        color = COLORS[[*ENTRANTS].index(name) % len(COLORS)]
-        style = DASHES[drawn.count(name) % len(DASHES)]  # for a second setting of one optimizer
-        drawn.append(name)
-        for row, quantity in enumerate(ROWS):
-            for column, axis in enumerate(COLUMNS):
+    columns = min(2, len(blocks))
+    lines = math.ceil(len(blocks) / columns)
+    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * lines), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.03, hspace=0.03).flat
+    for part, (heading, standings) in zip(parts, blocks, strict=False):
+        _block(part, heading, standings)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150 if len(blocks) == 1 else 110)
+
+
+def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None:
+    measure = standings[0].measure
+    quantities = {measure.loss: "training loss", "test_error": "test error, %"}
+    axes = {"epoch": "epoch", measure.time: measure.time_label}
+    panels = part.subplots(2, 2, sharex="col", sharey="row")
+    for standing, color, style in zip(standings, *_looks(standings), strict=True):
+        for row, quantity in enumerate(quantities):
+            for column, axis in enumerate(axes):
                 _line(panels[row, column], standing, axis, quantity, color, style)
     for panel in panels[0] if any(standing.epochs for standing in standings) else []:
-        panel.axhline(
-            common_target(standings), color="#999", linewidth=0.8, linestyle=":", label="common target"
-        )
+        target = common_target(standings)
+        panel.axhline(target, color="#999", linewidth=0.8, linestyle=":", label="common target")
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-    for row, label in enumerate(ROWS.values()):
+    for row, label in enumerate(quantities.values()):
         panels[row, 0].set_ylabel(label)
-    for column, label in enumerate(COLUMNS.values()):
+    for column, label in enumerate(axes.values()):
         panels[1, column].set_xlabel(label)
     for panel in panels.flat:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12)
+    if heading:
+        part.suptitle(heading, fontsize=11)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    part.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
+    """A colour and a line style for every standing: the same optimizer looks the same in every race."""
+    names = [standing.config.entrant for standing in standings]
+    colors, styles = [], []
+    for n, name in enumerate(names):
+        before = names[:n].count(name)
+        many = names.count(name) > len(DASHES)  # more settings than dashes: colours tell them apart
+        colors.append(COLORS[(n if many else [*ENTRANTS].index(name)) % len(COLORS)])
+        styles.append("-" if many else DASHES[before])
+    return colors, styles
 
 
 def _line(panel: Axes, standing: Standing, axis: str, quantity: str, color: str, style: str) -> None:
@@ -63,5 +86,5 @@ def _line(panel: Axes, standing: Standing, axis: str, quantity: str, color: str,
     curve, x = standing.curve(quantity), standing.curve(axis).mean
     mean, error = scale * curve.mean, scale * curve.error
     panel.plot(x, mean, color=color, linestyle=style, linewidth=1.8, label=standing.label + lost)
-    floor = mean / 100 if quantity == "train_loss" else np.zeros_like(mean)  # a band below 0 has no logarithm
+    floor = np.zeros_like(mean) if quantity == "test_error" else mean / 100  # below 0 there is no logarithm
     panel.fill_between(x, np.maximum(mean - error, floor), mean + error, color=color, alpha=0.2, linewidth=0)

@@ -79,6 +79,13 @@ def in_torch(entrant: str, settings: Settings) -> dict[str, float]:
     return dict(settings) | {"lr": float(f"{settings['lr'] / 10:.12g}")}
 
 
+def in_print(entrant: str, settings: Settings) -> dict[str, float]:
+    """Settings in torch's convention as the paper would print them: the inverse of `in_torch`."""
+    if entrant != "sgd":
+        return dict(settings)
+    return dict(settings) | {"lr": float(f"{settings['lr'] * 10:.12g}")}
+
+
 def grid(problem: str, entrant: str, stride: int = 1) -> list[dict[str, float]]:
     """Every point that a sweep tries, in torch's convention; with a ``stride`` every so many-th value.
 

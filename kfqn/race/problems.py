@@ -17,20 +17,28 @@ DEFAULT_DATA = Path("data")
 
 @dataclass(frozen=True)
 class Problem:
-    """A task. ``data`` takes the folder of ``--data-dir`` (None without), ``model`` a width and a data set.
+    """A task: images of ``channels`` × ``side`` × ``side`` in some ``classes``, and a network for them.
 
-    ``source`` says which data set has to be found or downloaded first, for those that do.
+    ``data`` takes the folder of ``--data-dir`` (None without), ``model`` classes, channels and
+    width. ``source`` says which data set has to be found or downloaded first, if any.
     """
 
     name: str
     title: str
     data: Callable[[Path | None], "Dataset"]
-    model: Callable[[int, "Dataset"], "nn.Module"]
+    channels: int
+    side: int
+    classes: int
+    model: Callable[[int, int, int], "nn.Module"]
     width: int
     epochs: int
     batch_size: int
     weight_decay: float
     source: Callable[[], "Cifar"] | None = None
+
+    def network(self, width: int | None) -> "nn.Module":
+        """The network, freshly initialised, at the problem's own width or another."""
+        return self.model(self.classes, self.channels, width or self.width)
 
 
 def _digits(_: Path | None) -> "Dataset":
@@ -51,26 +59,31 @@ def _cifar_100() -> "Cifar":
     return CIFAR_100
 
 
-def _small_all_cnn(width: int, data: "Dataset") -> "nn.Module":
+def _small_all_cnn(classes: int, channels: int, width: int) -> "nn.Module":
     from kfqn.race.models import small_all_cnn
 
-    return small_all_cnn(data.classes, channels=data.train.x.shape[1], width=width)
+    return small_all_cnn(classes, channels, width)
 
 
-def _all_cnn_c(width: int, data: "Dataset") -> "nn.Module":
+def _all_cnn_c(classes: int, channels: int, width: int) -> "nn.Module":
     from kfqn.race.models import all_cnn_c
 
-    return all_cnn_c(data.classes, channels=data.train.x.shape[1], width=width)
+    return all_cnn_c(classes, channels, width)
 
 
-def _vgg16(width: int, data: "Dataset") -> "nn.Module":
+def _vgg16(classes: int, channels: int, width: int) -> "nn.Module":
     from kfqn.race.models import vgg16
 
-    return vgg16(data.classes, channels=data.train.x.shape[1], width=width)
+    return vgg16(classes, channels, width)
 
 
 def _of_the_paper(
-    name: str, source: Callable[[], "Cifar"], title: str, model: Callable[..., "nn.Module"], width: int
+    name: str,
+    title: str,
+    source: Callable[[], "Cifar"],
+    classes: int,
+    model: Callable[[int, int, int], "nn.Module"],
+    width: int,
 ) -> Problem:
     """One of the four problems of section 6, with the fixed settings of appendix B.2."""
 
@@ -82,6 +95,9 @@ def _of_the_paper(
         name=name,
         title=title,
         data=data,
+        channels=3,
+        side=32,
+        classes=classes,
         model=model,
         width=width,
         epochs=40,
@@ -98,15 +114,18 @@ PROBLEMS = {
             name="digits",
             title="8×8 digits, small All-CNN",
             data=_digits,
+            channels=1,
+            side=8,
+            classes=10,
             model=_small_all_cnn,
             width=32,
             epochs=28,
             batch_size=256,
             weight_decay=0.0,
         ),
-        _of_the_paper("cifar10-allcnn", _cifar_10, "CIFAR-10, All-CNN-C", _all_cnn_c, width=96),
-        _of_the_paper("cifar10-vgg16", _cifar_10, "CIFAR-10, VGG16", _vgg16, width=64),
-        _of_the_paper("cifar100-allcnn", _cifar_100, "CIFAR-100, All-CNN-C", _all_cnn_c, width=96),
-        _of_the_paper("cifar100-vgg16", _cifar_100, "CIFAR-100, VGG16", _vgg16, width=64),
+        _of_the_paper("cifar10-allcnn", "CIFAR-10, All-CNN-C", _cifar_10, 10, _all_cnn_c, 96),
+        _of_the_paper("cifar10-vgg16", "CIFAR-10, VGG16", _cifar_10, 10, _vgg16, 64),
+        _of_the_paper("cifar100-allcnn", "CIFAR-100, All-CNN-C", _cifar_100, 100, _all_cnn_c, 96),
+        _of_the_paper("cifar100-vgg16", "CIFAR-100, VGG16", _cifar_100, 100, _vgg16, 64),
     )
 }

@@ -13,7 +13,7 @@ from rich.table import Table
 from kfqn.race.figure import draw
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Run, write_atomically
-from kfqn.race.summary import HEADINGS, Row, Standing, common_target, rows
+from kfqn.race.summary import HEADINGS, RACE, Measure, Row, Standing, common_target, rows
 
 EXPLANATION = (
     "Means over the seeds, ± the standard error. Training loss: of the final weights, over the training "
@@ -31,7 +31,7 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     standings = standings_of(runs)
     table = rows(standings)
     title = title_of(runs)
-    draw(standings, title, out / "race.png")
+    draw([("", standings)], title, out / "race.png")
     page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "."), autoescape=True)
     html = page.get_template("report.html.jinja").render(
         title=title,
@@ -51,13 +51,13 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
 
 
-def standings_of(runs: Sequence[Run]) -> list[Standing]:
+def standings_of(runs: Sequence[Run], measure: Measure = RACE) -> list[Standing]:
     """The runs gathered by entrant and settings, in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         config = run.config
         groups.setdefault(f"{config.entrant} {sorted(config.settings.items())}", []).append(run)
-    return [Standing(group) for group in groups.values()]
+    return [Standing(group, measure) for group in groups.values()]
 
 
 def title_of(runs: Sequence[Run]) -> str:

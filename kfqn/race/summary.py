@@ -14,6 +14,19 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Which keys of the records are called training loss and time."""
+
+    loss: str
+    time: str
+    time_label: str
+
+
+RACE = Measure(loss="train_loss", time="seconds", time_label="training time, s")
+PAPER = Measure(loss="average_loss", time="cpu_seconds", time_label="CPU time, s")  # `docs/decisions.md`, 14
+
+
+@dataclass(frozen=True)
 class Curve:
     """A quantity by epoch over the seeds: mean and standard error std/√n, each (epochs,)."""
 
@@ -24,7 +37,8 @@ class Curve:
 class Standing:
     """One entrant with one setting: its runs over the seeds, the diverged and failed ones counted apart."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], measure: Measure = RACE) -> None:
+        self.measure = measure
         self.config: Config = runs[0].config
         self.ends = [run.end() or {"status": "unfinished"} for run in runs]
         pairs = zip(runs, self.ends, strict=True)
@@ -43,24 +57,33 @@ class Standing:
         return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
     def curve(self, key: str) -> Curve:
-        """One key of the records, over the finished runs."""
-        values = np.array([[record[key] for record in run] for run in self.epochs])
+        """One key of the records, over the finished runs, as far as the shortest goes."""
+        shortest = min(map(len, self.epochs))
+        values = np.array([[record[key] for record in run[:shortest]] for run in self.epochs])
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
         return Curve(values.mean(axis=0), spread / math.sqrt(len(values)))
 
     @property
     def lowest(self) -> float:
-        """The lowest training loss at the end of any epoch: the median over the seeds, a lost one at ∞."""
-        losses = [min(record["train_loss"] for record in run) for run in self.epochs]
-        return float(np.median(losses + [math.inf] * (len(self.ends) - len(self.epochs))))
+        """The lowest training loss at the end of any epoch: the median over the seeds, a lost one at ∞.
+
+        Of an even number the higher of the two in the middle, so that most seeds have been there.
+        """
+        losses = [min(record[self.measure.loss] for record in run) for run in self.epochs]
+        return self._median(losses)
 
     def reached(self, target: float, key: str) -> float:
         """``key`` where the training loss first is at ``target`` or below: the median over the seeds.
 
         A run that never is there, or is lost, counts as infinite.
         """
-        firsts = [next((r[key] for r in run if r["train_loss"] <= target), math.inf) for run in self.epochs]
-        return float(np.median(firsts + [math.inf] * (len(self.ends) - len(self.epochs))))
+        loss = self.measure.loss
+        firsts = [next((r[key] for r in run if r[loss] <= target), math.inf) for run in self.epochs]
+        return self._median(firsts)
+
+    def _median(self, finished: list[float]) -> float:
+        everyone = finished + [math.inf] * (len(self.ends) - len(self.epochs))
+        return float(np.quantile(everyone, 0.5, method="higher"))
 
     @property
     def warm_start_seconds(self) -> float:
@@ -108,17 +131,18 @@ HEADINGS = Row(
 def rows(standings: Sequence[Standing]) -> list[Row]:
     """The table, the first to the target on top."""
     target = common_target(standings)
-    ordered = sorted(standings, key=lambda s: s.reached(target, "seconds"))
+    ordered = sorted(standings, key=lambda s: s.reached(target, s.measure.time))
     return [_row(standing, target) for standing in ordered]
 
 
 def _row(standing: Standing, target: float) -> Row:
     if not standing.epochs:
         return Row(standing.label, "–", "–", "–", "–", "–", "–", "–", standing.lost)
-    loss, error, seconds = (standing.curve(key) for key in ("train_loss", "test_error", "seconds"))
+    measure = standing.measure
+    loss, error, seconds = (standing.curve(key) for key in (measure.loss, "test_error", measure.time))
     epochs, time, warm = (
         standing.reached(target, "epoch"),
-        standing.reached(target, "seconds"),
+        standing.reached(target, measure.time),
         standing.warm_start_seconds,
     )
     several = len(standing.epochs) > 1

@@ -134,6 +134,11 @@ def outcome(
     }
 
 
+def key(problem: str, by: str) -> str:
+    """A problem's name in a sweep file: searches by loss and by test error stand side by side."""
+    return f"{problem} by test error" if by == "test_error" else problem
+
+
 def load(path: Path) -> dict[str, Any]:
     """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
     try:

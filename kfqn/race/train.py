@@ -64,7 +64,7 @@ class Trainer:
         self.run, self.config = run, config
         self.device = torch.device(config.device)
         self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
-        self.model = problem.model(config.width, self.data).to(self.device)
+        self.model = problem.network(config.width).to(self.device)
         self.optimizer = entrant.build(self.model, config.settings, config.weight_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average: Tensor | None = None

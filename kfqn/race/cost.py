@@ -1,0 +1,224 @@
+"""What an iteration of each optimizer costs, layer by layer: bytes of state, and seconds of each phase.
+
+Seconds are medians of repeated calls, the optimizers interleaved, on the inputs and gradients that
+the layers really see in a step on random images.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import kfqn
+from kfqn.capture import capture
+from kfqn.closures import Closure
+from kfqn.curvature import mean_preactivation, mean_preactivation_gradient, second_moment_of_gradient
+from kfqn.kfac import invert
+from kfqn.layers import Layer, layers_of
+from kfqn.race.entrants import ENTRANTS
+from kfqn.two_pass import TwoPassOptimizer
+
+COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each
+    "DW": ("DW", "momentum_buffer", "exp_avg"),
+    "DW⊙DW": ("exp_avg_sq",),
+    "A": ("H_A", "Omega", "H_Omega"),
+    "G": ("H_G", "s_G", "y_G", "S", "Y", "Gamma", "H_Gamma"),
+}
+PHASES = ("pass", "curvature", "step")
+SETTINGS = {"lr": 1e-3, "damping": 1.0, "eps": 1e-8}  # what an iteration costs does not depend on them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer in the paper's letters."""
+
+    name: str
+    I: int  # noqa: E741, the paper's letter
+    J: int
+    offsets: int  # |Δ|
+    locations: int  # |T|
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One optimizer on one model, by layer: bytes of every column, seconds of every phase.
+
+    ``iteration`` is the median of whole steps, in seconds, and ``ratio`` its ratio to SGD-m's.
+    """
+
+    entrant: str
+    bytes: list[dict[str, int]]
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    iteration: float = 0.0
+    ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one layer sees in one step: input, pre-activation, and the gradient of the latter."""
+
+    layer: Layer
+    a: Tensor
+    h: Tensor
+    gradient: Tensor
+
+
+def build(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with settings that do no harm."""
+    entrant = ENTRANTS[name]
+    return entrant.build(model, {key: SETTINGS[key] for key in entrant.tuned}, 0.0)
+
+
+def storage(model: nn.Module, names: Sequence[str], closure: Closure) -> list[Cost]:
+    """Table 1: the bytes of each optimizer's state after one step."""
+    costs = []
+    for name in names:
+        optimizer = build(name, model)
+        optimizer.step(closure)  # type: ignore[arg-type]
+        costs.append(Cost(name, [_bytes(optimizer, layer) for layer in layers_of(model)]))
+        del optimizer
+    return costs
+
+
+def _bytes(optimizer: torch.optim.Optimizer, layer: Layer) -> dict[str, int]:
+    total = dict.fromkeys(COLUMNS, 0)
+    for p in layer.parameters():
+        for key, value in optimizer.state[p].items():
+            for column, members in COLUMNS.items():
+                if key in members and value is not None:
+                    total[column] += value.nbytes
+    return total
+
+
+def computation(
+    model: nn.Module, names: Sequence[str], closure: Closure, repeats: int, wait: Callable[[], None]
+) -> list[Cost]:
+    """Table 2: the seconds of each phase in every layer, and of whole iterations. SGD-m comes first."""
+    names = ["sgd", *(name for name in names if name != "sgd")]
+    optimizers = {name: build(name, model) for name in names}
+    steps = {name: partial(optimizer.step, closure) for name, optimizer in optimizers.items()}
+    for step in steps.values():
+        step()  # the first step sets up the state
+    iteration = medians(steps, repeats, wait)
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for sight in sights(model, closure):
+        calls = {
+            f"{name} {phase}": call
+            for name, optimizer in optimizers.items()
+            for phase, call in phases(optimizer, sight).items()
+        }
+        found = medians(calls, repeats, wait)
+        for name, optimizer in optimizers.items():
+            by_phase = {phase: found.get(f"{name} {phase}", 0.0) for phase in PHASES}
+            if isinstance(optimizer, kfqn.KFAC):  # amortised over T steps
+                by_phase["curvature"] += found[f"{name} inversion"] / optimizer.defaults["inverse_interval"]
+            seconds[name].append(by_phase)
+    return [
+        Cost(name, [], seconds[name], iteration[name], iteration[name] / iteration["sgd"]) for name in names
+    ]
+
+
+def medians(
+    calls: Mapping[str, Callable[[], object]], repeats: int, wait: Callable[[], None]
+) -> dict[str, float]:
+    """The median seconds of each call, all of them in turn so that what disturbs one disturbs all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
+def sights(model: nn.Module, closure: Closure) -> list[Sight]:
+    """What every layer sees when the closure runs."""
+    layers = layers_of(model)
+    with capture(layers, inputs=True, h=torch.clone, Dh=torch.clone) as seen:
+        closure()
+    found = []
+    for layer, record in seen.items():
+        assert record.h is not None
+        assert record.Dh is not None
+        found.append(Sight(layer, record.input(), record.h, record.Dh))
+    return found
+
+
+def shape(sight: Sight) -> Shape:
+    """The layer's sizes."""
+    J = sight.a.shape[1]
+    locations = sight.h[0, 0].numel()
+    return Shape(sight.layer.name, sight.layer.rows, J, sight.layer.fan_in // J, locations)
+
+
+def phases(optimizer: torch.optim.Optimizer, sight: Sight) -> dict[str, Callable[[], object]]:
+    """The work of one iteration in one layer beyond its mini-batch gradient, phase by phase."""
+    layer = sight.layer
+    if isinstance(optimizer, TwoPassOptimizer):
+        return {
+            "pass": lambda: second_pass_of(sight),
+            "curvature": lambda: _learn_two_pass(optimizer, sight),
+            "step": lambda: _move(optimizer, layer),
+        }
+    if isinstance(optimizer, kfqn.KFAC):
+        return {
+            "pass": lambda: second_pass_of(sight),
+            "curvature": lambda: _learn_kfac(optimizer, sight),
+            "inversion": lambda: invert(optimizer.state[layer.weight], optimizer.param_groups[0]),
+            "step": lambda: _move(optimizer, layer),
+        }
+    return {"step": lambda: _step_alone(optimizer, layer)}
+
+
+def second_pass_of(sight: Sight) -> None:
+    """The layer's part of a pass without weight gradients."""
+    a = sight.a.requires_grad_(True)
+    parameters = sight.layer.parameters()
+    for p in parameters:
+        p.requires_grad_(False)
+    sight.layer.module(a).backward(sight.gradient)
+    a.grad = None
+    a.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+
+
+@torch.no_grad()
+def _learn_two_pass(optimizer: TwoPassOptimizer, sight: Sight) -> None:
+    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups
+    optimizer._learn_A(sight.layer, sight.a, state, group)
+    dh, dDh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
+    optimizer._learn_G(dh, dDh, state, group)
+
+
+@torch.no_grad()
+def _learn_kfac(optimizer: "kfqn.KFAC", sight: Sight) -> None:
+    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups
+    optimizer._learn_A(sight.layer, sight.a, state, group)
+    state["Gamma"].lerp_(second_moment_of_gradient(sight.gradient), 1 - group["beta"])
+
+
+@torch.no_grad()
+def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
+    DW, (group,) = layer.DW(), optimizer.param_groups
+    assert DW is not None
+    for _, P in optimizer._directions({layer: DW}, group):
+        layer.add_(P, alpha=0.0)
+
+
+def _step_alone(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
+    """A step of torch's optimizer in which only this layer has gradients."""
+    own = {id(p) for p in layer.parameters()}
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    kept = [p.grad for p in others]
+    for p in others:
+        p.grad = None
+    optimizer.step()
+    for p, gradient in zip(others, kept, strict=True):
+        p.grad = gradient
