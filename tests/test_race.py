@@ -10,46 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from lab import BATCH, TINY, config, kfqn, one_line
 
-from kfqn.race import entrants, problems, workers
+from kfqn.race import entrants, grids, workers
 from kfqn.race.failure import Failure
-from kfqn.race.models import all_cnn_c, small_all_cnn
 from kfqn.race.report import losses_of
-from kfqn.race.runs import Config, Run
+from kfqn.race.runs import Run
 from kfqn.race.summary import Standing, common_target, rows
-from kfqn.race.sweep import outcome
 from kfqn.race.train import Trainer, train
-
-BATCH = problems.PROBLEMS["digits"].batch_size
-TINY = ["--epochs", "2", "--width", "4", "--train-size", "600"]
-
-
-def kfqn(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "kfqn", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-
-
-def config(**changes):
-    values = {
-        "problem": "digits",
-        "entrant": "kfbfgs",
-        "settings": {"lr": 1.0, "damping": 1.0},
-        "seed": 0,
-        "epochs": 3,
-        "width": 4,
-        "batch_size": BATCH,
-        "weight_decay": 0.0,
-        "train_size": 600,
-        "device": "cpu",
-        "threads": 1,
-    }
-    return Config(**values | changes)
 
 
 def without_clock(records):
@@ -59,7 +27,7 @@ def without_clock(records):
 def test_a_race_from_the_command_line(tmp_path):
     result = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    for label in ("KF-BFGS (", "KF-BFGS(L) (", "SGD-m (", "Adam ("):
+    for label in ("KF-BFGS (", "KF-BFGS(L) (", "KFAC (", "SGD-m (", "Adam ("):
         assert label in result.stdout
     assert "was first at the common target" in result.stdout
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
@@ -70,9 +38,9 @@ def test_a_race_from_the_command_line(tmp_path):
         assert f"<dt>{condition}</dt>" in html
 
     before = {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
-    assert len(before) == 8
+    assert len(before) == 10
     again = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
-    assert "8 of 8 runs are done already" in again.stdout
+    assert "10 of 10 runs are done already" in again.stdout
     assert before == {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
 
 
@@ -121,7 +89,7 @@ def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
 
 @pytest.mark.parametrize("entrant", entrants.ENTRANTS)
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, tmp_path, monkeypatch):
-    settings = {k: v[len(v) // 2] for k, v in entrants.ENTRANTS[entrant].grid.items()}
+    settings = {key: values[len(values) // 2] for key, values in grids.DIGITS[entrant].items()}
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
     assert whole.end()["status"] == "finished"
@@ -208,7 +176,7 @@ def test_two_commands_share_one_race(tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     ends = [Run(folder).end() for folder in (tmp_path / "runs").iterdir()]
-    assert [end["status"] for end in ends] == ["finished"] * 8
+    assert [end["status"] for end in ends] == ["finished"] * 10
     # Whoever is done first may report what the other one still has in hand as unfinished.
     assert any("was first at the common target" in output for output in outputs)
 
@@ -270,59 +238,7 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
     assert second.lost == "1 diverged, 1 failed"
 
 
-def test_the_best_of_a_sweep_is_the_lowest_loss_that_finished(tmp_path):
-    runs = []
-    for lr, loss, status in [(0.1, 0.5, "finished"), (1.0, 0.2, "finished"), (10.0, 0.01, "diverged")]:
-        run = Run.create(tmp_path, config(settings={"lr": lr, "damping": 1.0}))
-        run.write([{"epoch": 1, "train_loss": loss, "test_error": 0.1}, {"status": status, "reason": ""}])
-        runs.append(run)
-    result = outcome(runs)
-    assert result["best"] == {"kfbfgs": {"lr": 1.0, "damping": 1.0}}
-    assert [point["train_loss"] for point in result["points"]["kfbfgs"]] == [0.5, 0.2, None]
-
-
-def test_a_sweep_from_the_command_line(tmp_path, monkeypatch):
-    arguments = ["sweep", "--optimizers", "adam", "--epochs", 1, "--width", 2, "--train-size", BATCH]
-    result = kfqn(*arguments, "--out", tmp_path, "--save", tmp_path / "tuned.json")
-    assert result.returncode == 0, result.stderr
-    other = kfqn(
-        "sweep", "--optimizers", "sgd", *arguments[3:], "--out", tmp_path, "--save", tmp_path / "tuned.json"
-    )
-    assert other.returncode == 0, other.stderr
-    saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
-    assert set(saved["best"]) == {"adam", "sgd"}  # the second sweep has not replaced the first
-    assert len(saved["points"]["adam"]) == len(entrants.ENTRANTS["adam"].points())
-    assert saved["best"]["adam"] in entrants.ENTRANTS["adam"].points()
-
-
-def test_the_committed_settings_are_the_best_of_the_committed_grid():
-    """tuned.json holds grid, outcome and choice; they must agree with each other and with the code."""
-    sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
-    assert set(sweeps["digits"]["best"]) == set(entrants.ENTRANTS)
-    for name, sweep in sweeps.items():
-        problem = problems.PROBLEMS[name]
-        for key in ("width", "batch_size", "epochs", "weight_decay"):
-            assert sweep["problem"][key] == getattr(problem, key)
-        for name, best in sweep["best"].items():
-            grid = entrants.ENTRANTS[name].grid
-            assert {key: tuple(values) for key, values in sweep["grid"][name].items()} == dict(grid)
-            scores = {}
-            for point in sweep["points"][name]:
-                loss = float("inf") if point["train_loss"] is None else point["train_loss"]
-                scores.setdefault(tuple(point[key] for key in grid), []).append(loss)
-            assert len(scores) == len(entrants.ENTRANTS[name].points())
-            assert best == dict(zip(grid, min(scores, key=lambda k: sum(scores[k])), strict=True))
-
-
 # Wrong use: one line that says what to do, status 2.
-
-
-def one_line(result, *parts):
-    assert result.returncode == 2, result.stdout + result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr
-    for part in parts:
-        assert part in last
 
 
 def test_wrong_use_from_the_command_line(tmp_path):
@@ -365,24 +281,3 @@ def test_help_is_instant_and_needs_no_torch():
 def test_settings_that_no_sweep_has_found_are_asked_for():
     with pytest.raises(Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."):
         entrants.best_settings("elsewhere", "adam", Path("none"))
-
-
-# Models.
-
-
-def test_the_small_all_cnn_has_no_relu_on_its_logits():
-    model = small_all_cnn(classes=10)
-    assert model(torch.randn(50, 1, 8, 8)).min() < 0
-    assert [m.stride[0] for m in model if isinstance(m, torch.nn.Conv2d)] == [1, 1, 2, 1, 1, 1]
-
-
-def test_all_cnn_c_is_the_papers():
-    model = all_cnn_c(classes=10)
-    assert sum(p.numel() for p in model.parameters()) == 1_369_738
-    convolutions = [m for m in model if isinstance(m, torch.nn.Conv2d)]
-    assert [m.stride[0] for m in convolutions] == [1, 1, 2, 1, 1, 2, 1, 1, 1]
-    assert [m.out_channels for m in convolutions] == [96, 96, 96, 192, 192, 192, 192, 192, 10]
-    assert max(m.in_channels * m.kernel_size[0] ** 2 + 1 for m in convolutions) == 1729
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert convolutions[1].weight.std().item() == pytest.approx((2 / (9 * 96)) ** 0.5, rel=0.02)
-    assert not convolutions[1].bias.any()

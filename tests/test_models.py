@@ -1,0 +1,52 @@
+"""The paper's networks: sizes, shapes and initialisation."""
+
+import pytest
+import torch
+
+from kfqn.race.models import all_cnn_c, small_all_cnn, vgg16
+from kfqn.race.problems import PROBLEMS
+
+
+def test_the_small_all_cnn_has_no_relu_on_its_logits():
+    model = small_all_cnn(classes=10)
+    assert model(torch.randn(50, 1, 8, 8)).min() < 0
+    assert [m.stride[0] for m in model if isinstance(m, torch.nn.Conv2d)] == [1, 1, 2, 1, 1, 1]
+
+
+def test_all_cnn_c_is_the_papers():
+    model = all_cnn_c(classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 1_369_738
+    convolutions = [m for m in model if isinstance(m, torch.nn.Conv2d)]
+    assert [m.stride[0] for m in convolutions] == [1, 1, 2, 1, 1, 2, 1, 1, 1]
+    assert [m.out_channels for m in convolutions] == [96, 96, 96, 192, 192, 192, 192, 192, 10]
+    assert max(m.in_channels * m.kernel_size[0] ** 2 + 1 for m in convolutions) == 1729
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert convolutions[1].weight.std().item() == pytest.approx((2 / (9 * 96)) ** 0.5, rel=0.02)
+    assert not convolutions[1].bias.any()
+
+
+def test_vgg16_is_configuration_d_as_coded():
+    model = vgg16(classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 33_638_218
+    convolutions = [m for m in model if isinstance(m, torch.nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert all(m.kernel_size == (3, 3) and m.padding == (1, 1) and m.bias is not None for m in convolutions)
+    linear = [m for m in model if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(512, 4096), (4096, 4096), (4096, 10)]
+    assert sum(isinstance(m, torch.nn.MaxPool2d) for m in model) == 5
+    others = (torch.nn.BatchNorm2d, torch.nn.Dropout, torch.nn.AdaptiveAvgPool2d)
+    assert not any(isinstance(m, others) for m in model)
+    columns = [m.weight[0].numel() + 1 for m in (*convolutions, *linear)]
+    assert max(columns) == 4609
+    assert sum(c * c for c in columns) * 4 == pytest.approx(608 * 2**20, rel=0.001)  # all H_A
+    assert convolutions[1].weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_network_of_any_width_fits_its_images(name):
+    problem = PROBLEMS[name]
+    x = torch.zeros(2, problem.channels, problem.side, problem.side)
+    assert problem.network(2)(x).shape == (2, problem.classes)
+    assert sum(p.numel() for p in problem.network(3).parameters()) > sum(
+        p.numel() for p in problem.network(2).parameters()
+    )

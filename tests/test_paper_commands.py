@@ -1,0 +1,152 @@
+"""Every figure and table of the paper, end to end at toy scale, from the command line."""
+
+import json
+
+import pytest
+from lab import config, kfqn, one_line, write_toy_cifar
+
+from kfqn.race.cost import COLUMNS
+from kfqn.race.entrants import ENTRANTS
+from kfqn.race.paper_tables import COMPUTATION, STORAGE
+from kfqn.race.runs import Run
+from kfqn.race.train import train
+
+TOY = ["--width", 2, "--train-size", 256, "--eval-size", 10, "--epochs", 1]
+LABELS = [entrant.label for entrant in ENTRANTS.values()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toy_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_1_draws_all_five_optimizers_on_both_networks_and_then_only_draws(data, tmp_path):
+    command = ["figure", 1, *TOY, "--seeds", 2, "--data-dir", data, "--out", tmp_path]
+    result = kfqn(*command)
+    assert result.returncode == 0, result.stderr
+    for label in LABELS:
+        assert sum(line.startswith(f"{label} (") for line in result.stdout.splitlines()) >= 2
+    for problem in ("cifar10-allcnn", "cifar10-vgg16"):
+        assert f"{problem}: 10 runs, 1 epoch each" in result.stdout
+        assert len(list((tmp_path / problem / "runs").iterdir())) == 10
+    assert is_png(tmp_path / "figure-1.png")
+    again = kfqn(*command)
+    assert again.stdout.count("10 of 10 runs are done already") == 2
+
+
+def test_figure_2_for_one_of_its_problems(data, tmp_path):
+    result = kfqn(
+        "figure", 2, "--problem", "cifar100-allcnn", *TOY, "--seeds", 1, "--data-dir", data, "--out", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "CIFAR-100, All-CNN-C of width 2" in result.stdout
+    assert is_png(tmp_path / "figure-2.png")
+
+
+def test_figure_3_sweeps_first_and_shows_every_damping_with_its_best_rate(data, tmp_path):
+    command = ["figure", 3, "--problem", "cifar10-allcnn", "--coarse", *TOY]
+    result = kfqn(*command, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no sweep of kfbfgs, sgd" in result.stdout
+    points = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]["points"]
+    for damping in (1, 10, 100):
+        scores = {
+            p["lr"]: p["average_loss"]
+            for p in points["kfbfgs"]
+            if p["damping"] == damping and p["average_loss"] is not None
+        }
+        assert f"KF-BFGS (lr {min(scores, key=scores.get):g}, damping {damping})" in result.stdout
+    assert is_png(tmp_path / "figure-3.png")
+
+
+def test_figure_4_goes_by_test_error(data, tmp_path):
+    command = ["figure", 4, "--optimizers", "sgd", "adam", "--coarse", *TOY, "--seeds", 1]
+    result = kfqn(*command, "--data-dir", data, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "cifar100-vgg16" / "sweep.json").read_text())
+    assert set(saved) == {"cifar100-vgg16 by test error"}
+    assert saved["cifar100-vgg16 by test error"]["problem"]["by"] == "test_error"
+    assert is_png(tmp_path / "figure-4.png")
+
+
+def test_table_3_prints_ours_beside_the_papers(data, tmp_path):
+    command = ["table", 3, "--problem", "cifar10-allcnn", "--optimizers", "sgd", "--coarse", *TOY]
+    result = kfqn(*command, "--data-dir", data, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]["best"]
+    assert f"({10 * found['sgd']['lr']:g}) / (0.1)" in result.stdout
+
+
+@pytest.mark.parametrize(("number", "orders"), [(1, STORAGE), (2, COMPUTATION)])
+def test_tables_1_and_2_print_orders_and_measurements(number, orders):
+    result = kfqn("table", number, "--problem", "cifar10-allcnn", "--width", 2, "--batch-size", 4)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for name, entrant in ENTRANTS.items():
+        (line,) = (line for line in lines if line.split("  ")[0] == entrant.label)
+        for order in orders[name].values():
+            assert f"O({order})" in line
+    rows = [line.split() for line in lines if line.split()[1:4] == ["4", "2", "9"]]
+    assert [row[0] for row in rows] == ["6"]  # the fourth convolution, the only one with I = 4, J = 2
+    assert rows[0][4] == "256"
+    assert ("MB" if number == 1 else "ms") in rows[0]
+
+
+def test_the_bytes_of_table_1_are_those_of_the_state():
+    import torch
+    import torch.nn.functional as F
+
+    import kfqn as package
+    from kfqn.race.cost import storage
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2, bias=False))
+    closure = package.closure(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), F.cross_entropy)
+    costs = {cost.entrant: cost.bytes for cost in storage(model, list(ENTRANTS), closure)}
+    C, I = (4, 5), (5, 2)  # noqa: E741
+    for n in range(2):
+        parameters = 4 * C[n] * I[n]
+        expected = {
+            "kfbfgs": (parameters, 0, 4 * C[n] ** 2, 4 * (I[n] ** 2 + 2 * I[n])),
+            "kflbfgs": (parameters, 0, 4 * C[n] ** 2, 4 * (2 * 100 * I[n] + 2 * I[n])),
+            "kfac": (parameters, 0, 8 * C[n] ** 2, 8 * I[n] ** 2),
+            "adam": (parameters, parameters, 0, 0),
+            "sgd": (parameters, 0, 0, 0),
+        }
+        for name, values in expected.items():
+            assert costs[name][n] == dict(zip(COLUMNS, values, strict=True)), name
+
+
+def test_a_budget_ends_a_run_with_the_epoch_that_uses_it_up(tmp_path):
+    run = Run.create(tmp_path, config(epochs=None, budget=1e-6, entrant="sgd", settings={"lr": 0.1}))
+    train(run, None)
+    assert run.end()["status"] == "finished"
+    assert len(run.epochs()) == 1
+    longer = Run.create(tmp_path, config(epochs=50, budget=0.3, entrant="sgd", settings={"lr": 0.1}))
+    train(longer, None)
+    seconds = [record["cpu_seconds"] for record in longer.epochs()]
+    assert seconds[-1] >= 0.3 or len(seconds) == 50
+    assert all(second < 0.3 for second in seconds[:-1])
+
+
+def test_without_epochs_or_budget_a_figure_takes_the_papers_budget_by_the_share_of_images(data, tmp_path):
+    command = ["figure", 1, "--problem", "cifar10-vgg16", "--optimizers", "sgd", "--width", 2]
+    result = kfqn(*command, "--train-size", 260, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "1 run, 10.4 CPU seconds each" in result.stdout
+
+
+def test_wrong_use(data, tmp_path):
+    one_line(kfqn("figure", 5), "invalid choice: 5 (choose from 1, 2, 3, 4)")
+    one_line(kfqn("table", "x"), "invalid int value: 'x'")
+    one_line(
+        kfqn("figure", 1, "--problem", "digits"),
+        "Figure 1 does not show digits: choose from cifar10-allcnn, cifar10-vgg16",
+    )
+    one_line(kfqn("figure", 1, "--budget", "0"), "must be a number of seconds > 0, got '0'")
+    one_line(kfqn("figure", 1, "--data-dir", tmp_path), f"no CIFAR-10 in {tmp_path}")
+    one_line(kfqn("figure", 1, "--train-size", 5), "--train-size must be at least one batch, 256 here")
+    assert list(tmp_path.iterdir()) == []

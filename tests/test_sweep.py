@@ -1,0 +1,194 @@
+"""Sweeps: the grids, what is best, halving, and that every point is done once whoever works on it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from lab import BATCH, config, kfqn, one_line
+from rich.console import Console
+
+from kfqn.race import entrants, grids, problems, train, workers
+from kfqn.race.runs import Run
+from kfqn.race.sweep import best, outcome, points_of, scores_of
+from kfqn.race.watch import live_view
+
+SMALL = ["--width", 2, "--train-size", BATCH, "--eval-size", 50]
+
+
+def test_the_ranges_of_appendix_b2():
+    assert [len(grids.grid("cifar10-allcnn", name)) for name in grids.PRINTED] == [63, 63, 63, 45, 7]
+    for name in ("kfbfgs", "kflbfgs", "kfac"):
+        assert grids.PRINTED[name]["lr"] == (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+        assert grids.PRINTED[name]["damping"] == (0.1, 0.3, 1, 3, 10, 30, 100)
+    assert grids.PRINTED["adam"]["lr"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
+    assert grids.PRINTED["adam"]["eps"] == (1e-12, 1e-8, 1e-4, 0.01, 0.1)
+    assert grids.PRINTED["sgd"] == {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1)}
+    assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.ENTRANTS)
+
+
+@pytest.mark.parametrize("problem", grids.TABLE_3)
+def test_table_3_lies_on_the_printed_ranges(problem):
+    assert problem in problems.PROBLEMS
+    for name, settings in grids.TABLE_3[problem].items():
+        assert all(value in grids.PRINTED[name][key] for key, value in settings.items())
+        assert grids.in_torch(name, settings) in grids.grid(problem, name)
+        assert grids.in_print(name, grids.in_torch(name, settings)) == settings
+        assert entrants.best_settings(problem, name, Path("none")) == grids.in_torch(name, settings)
+
+
+def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
+    for name in grids.PRINTED:
+        whole, coarse = (grids.grid("cifar100-vgg16", name, stride) for stride in (1, 2))
+        assert all(point in whole for point in coarse)
+        assert whole[-1] in coarse
+    assert len(grids.grid("cifar100-vgg16", "kfac", 2)) == 20
+
+
+def finished(folder, loss, status="finished", epochs=1, **changes):
+    run = Run.create(folder, config(**changes))
+    record = {"train_loss": loss, "average_loss": 2 * loss, "test_error": 1 - loss}
+    run.write([*({"epoch": k + 1} | record for k in range(epochs)), {"status": status, "reason": ""}])
+    return run
+
+
+def test_the_best_of_a_sweep_is_the_lowest_that_finished(tmp_path):
+    cases = [(0.1, 0.5, "finished"), (1.0, 0.2, "finished"), (10.0, 0.01, "diverged")]
+    runs = [
+        finished(tmp_path, loss, status, settings={"lr": lr, "damping": 1.0}) for lr, loss, status in cases
+    ]
+    for by, lr in (("train_loss", 1.0), ("average_loss", 1.0), ("test_error", 0.1)):
+        result = outcome(points_of(runs), runs, by, {"halving": False})
+        assert result["best"] == {"kfbfgs": {"lr": lr, "damping": 1.0}}
+    assert [point["train_loss"] for point in result["points"]["kfbfgs"]] == [0.5, 0.2, None]
+    assert [point["status"] for point in result["points"]["kfbfgs"]] == ["finished", "finished", "diverged"]
+
+
+def test_means_over_seeds_decide_and_a_lost_seed_loses():
+    points = [
+        {"lr": lr, "seed": seed, "status": "finished", "epochs": 1, "train_loss": loss}
+        for lr, losses in ((0.1, (0.5, 0.5)), (1.0, (0.1, None)), (3.0, (0.2, 0.6)))
+        for seed, loss in enumerate(losses)
+    ]
+    assert [settings["lr"] for settings, _ in scores_of("sgd", points, "train_loss")] == [3.0, 0.1, 1.0]
+    assert best("sgd", points, "train_loss", lr=1.0) is None
+
+
+def test_a_sweep_from_the_command_line(tmp_path):
+    common = ["--epochs", 1, *SMALL, "--out", tmp_path, "--save", tmp_path / "tuned.json"]
+    for name in ("adam", "sgd"):
+        result = kfqn("sweep", "--optimizers", name, *common)
+        assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
+    assert set(saved["best"]) == {"adam", "sgd"}  # the second sweep has not replaced the first
+    assert saved["problem"]["by"] == "average_loss"
+    for name in ("adam", "sgd"):
+        points = grids.grid("digits", name)
+        assert [{key: p[key] for key in points[0]} for p in saved["points"][name]] == points
+        assert saved["best"][name] in points
+
+
+def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
+    result = kfqn("sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", *SMALL, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["digits"]
+    points = saved["points"]["sgd"]
+    assert sorted(p["epochs"] for p in points) == [1] * 13 + [3] * 4 + [9] * 3
+    longest = [p for p in points if p["epochs"] == 9]
+    assert saved["best"]["sgd"]["lr"] == min(longest, key=lambda p: p["average_loss"])["lr"]
+    assert saved["search"]["sgd"] == {"halving": True, "coarse": False}
+    one_line(
+        kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
+        "--halving starts with a ninth of the length, so --epochs or --budget must be at least 9",
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path):
+    arguments = ["sweep", "--optimizers", "sgd", "--epochs", 3, *SMALL, "--jobs", 2, "--out", tmp_path]
+    command = [sys.executable, "-m", "kfqn", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def done():
+        return [folder for folder in (tmp_path / "runs").glob("*") if Run(folder).end()]
+
+    deadline = time.monotonic() + 120
+    while len(done()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {folder: (folder / "epochs.jsonl").read_text() for folder in done()}
+    assert len(before) < 20
+    result = kfqn(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(before)} of 20 runs are done already" in result.stdout
+    assert before == {folder: (folder / "epochs.jsonl").read_text() for folder in before}  # clocks and all
+    assert len(done()) == len(list((tmp_path / "runs").iterdir())) == 20
+
+
+def counting_worker(folders, log):
+    """A worker as `workers.do` starts it, which also notes every run that it does."""
+    whole = train.train
+
+    def noted(run, data_dir):
+        with log.open("a") as file:
+            file.write(f"{run.folder.name}\n")
+        whole(run, data_dir)
+
+    train.train = noted
+    workers.work(folders, None)
+
+
+def test_two_workers_on_one_sweep_do_each_point_once(tmp_path):
+    points = grids.grid("digits", "sgd")
+    runs = [
+        Run.create(tmp_path / "runs", config(entrant="sgd", settings=settings, epochs=1, width=2))
+        for settings in points
+    ]
+    context, log = multiprocessing.get_context("spawn"), tmp_path / "log"
+    folders = [run.folder for run in runs]
+    both = [context.Process(target=counting_worker, args=(folders, log)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert sorted(log.read_text().split()) == sorted(folder.name for folder in folders)
+    assert all(run.end()["status"] == "finished" for run in runs)
+
+
+def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
+    finished(tmp_path, 0.25, settings={"lr": 3.0, "damping": 1.0})
+    lost = finished(tmp_path, 0.01, "diverged", settings={"lr": 30.0, "damping": 1.0})
+    lost.write([{"status": "diverged", "reason": ""}])
+    Run.create(tmp_path, config(settings={"lr": 10.0, "damping": 1.0})).show_progress(0.5)
+    Run.create(tmp_path, config(settings={"lr": 20.0, "damping": 1.0}))
+    runs = [Run(folder) for folder in sorted(tmp_path.iterdir())]
+    console = Console(file=StringIO(), force_terminal=True, width=200)
+    with live_view(runs, console, "train_loss") as update:
+        update()
+    shown = console.file.getvalue()
+    assert "KF-BFGS" in shown
+    assert "2 of 4, 1 running, 1 lost, best train loss 0.25 at lr 3, damping 1" in shown
+
+
+def test_the_committed_settings_are_the_best_of_the_committed_grid():
+    """tuned.json holds outcome and choice; they must agree with each other and with the grid in the code."""
+    sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
+    assert set(sweeps["digits"]["best"]) == set(entrants.ENTRANTS)
+    for name, sweep in sweeps.items():
+        problem = problems.PROBLEMS[name]
+        for key in ("width", "batch_size", "epochs", "weight_decay"):
+            assert sweep["problem"][key] == getattr(problem, key)
+        for entrant, chosen in sweep["best"].items():
+            grid, points = grids.grid(name, entrant), sweep["points"][entrant]
+            tried = [{key: p[key] for key in grid[0]} for p in points]
+            assert all(point in grid for point in tried)
+            assert all(tried.count(point) == 2 for point in grid)  # two seeds each
+            assert best(entrant, points, sweep["problem"]["by"]) == chosen
