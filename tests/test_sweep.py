@@ -45,10 +45,11 @@ def test_table_3_lies_on_the_printed_ranges(problem):
 
 def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
     for name in grids.PRINTED:
-        whole, coarse = (grids.grid("cifar100-vgg16", name, stride) for stride in (1, 2))
+        whole, coarse = (grids.grid("cifar100-vgg16", name, thinned) for thinned in ((), grids.SETTINGS))
         assert all(point in whole for point in coarse)
         assert whole[-1] in coarse
-    assert len(grids.grid("cifar100-vgg16", "kfac", 2)) == 20
+    assert len(grids.grid("cifar100-vgg16", "kfac", grids.SETTINGS)) == 20
+    assert len(grids.grid("cifar100-vgg16", "kfac", ["damping"])) == 36
 
 
 def finished(folder, loss, status="finished", epochs=1, **changes):
@@ -102,7 +103,7 @@ def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     assert sorted(p["epochs"] for p in points) == [1] * 13 + [3] * 4 + [9] * 3
     longest = [p for p in points if p["epochs"] == 9]
     assert saved["best"]["sgd"]["lr"] == min(longest, key=lambda p: p["average_loss"])["lr"]
-    assert saved["search"]["sgd"] == {"halving": True, "coarse": False}
+    assert saved["search"]["sgd"] == {"halving": True, "coarse": []}
     one_line(
         kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
         "--halving starts with a ninth of the length, so --epochs or --budget must be at least 9",

@@ -11,7 +11,7 @@ from pathlib import Path
 from kfqn import __version__
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.failure import Failure
-from kfqn.race.grids import Settings
+from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
 
 PACKAGES = ("filelock", "jinja2", "matplotlib", "numpy", "rich", "sklearn", "torch")
@@ -153,7 +153,14 @@ def add_search(command: argparse.ArgumentParser, *, by: bool) -> None:
             help="what the best point has the least of, at the end of any epoch; average_loss is the paper's "
             "0.9 moving average of mini-batch losses (default: %(default)s)",
         )
-    command.add_argument("--coarse", action="store_true", help="only every second value of each setting")
+    command.add_argument(
+        "--coarse",
+        nargs="*",
+        choices=SETTINGS,
+        default=None,
+        metavar="SETTING",
+        help="only every second value of these settings, of every one if none is named",
+    )
     command.add_argument(
         "--halving",
         action="store_true",

@@ -14,7 +14,7 @@ from kfqn.race import sweep as sweeping
 from kfqn.race.cifar import Cifar
 from kfqn.race.entrants import best_settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import grid
+from kfqn.race.grids import SETTINGS, grid
 from kfqn.race.plan import Field, Scale, configs
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS, Problem
 from kfqn.race.report import write_report
@@ -71,9 +71,10 @@ def tune(
     def run_field(field: Field, length: Scale) -> list[Run]:
         return do_runs(problem, field, options.sweep_seeds, length, out, data_dir, console, options.by)
 
-    field = [(name, s) for name in names for s in grid(problem.name, name, stride=2 if options.coarse else 1)]
+    thinned = SETTINGS if options.coarse == [] else options.coarse or ()
+    field = [(name, s) for name in names for s in grid(problem.name, name, thinned)]
     points, runs = sweeping.sweep(field, scale, options.by, options.halving, run_field)
-    search = {"halving": options.halving, "coarse": options.coarse}
+    search = {"halving": options.halving, "coarse": list(thinned)}
     return sweeping.outcome(points, runs, options.by, search), runs
 
 

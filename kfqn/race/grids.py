@@ -6,7 +6,7 @@ learning rate is ten times that of `torch.optim.SGD` with momentum 0.9 (`docs/de
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 Settings = Mapping[str, float]
 Grid = Mapping[str, tuple[float, ...]]
@@ -63,6 +63,8 @@ TABLE_3: Mapping[str, Mapping[str, Settings]] = {
 
 _DIGITS_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
 
+SETTINGS = ("lr", "damping", "eps")  # what the grids range over
+
 DIGITS: Mapping[str, Grid] = {
     "kfbfgs": _DIGITS_SECOND_ORDER,
     "kflbfgs": _DIGITS_SECOND_ORDER,
@@ -86,12 +88,12 @@ def in_print(entrant: str, settings: Settings) -> dict[str, float]:
     return dict(settings) | {"lr": float(f"{settings['lr'] * 10:.12g}")}
 
 
-def grid(problem: str, entrant: str, stride: int = 1) -> list[dict[str, float]]:
-    """Every point that a sweep tries, in torch's convention; with a ``stride`` every so many-th value.
+def grid(problem: str, entrant: str, thinned: Collection[str] = ()) -> list[dict[str, float]]:
+    """Every point that a sweep tries, in torch's convention; of ``thinned`` settings every second value.
 
-    A coarser grid keeps the last value of every setting, where the paper's best damping often lies.
+    A thinned setting keeps its last value, where the paper's best damping often lies.
     """
     ranges = DIGITS[entrant] if problem == "digits" else PRINTED[entrant]
-    kept = [values[::-1][::stride][::-1] for values in ranges.values()]
+    kept = [values[::-1][::2][::-1] if key in thinned else values for key, values in ranges.items()]
     points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
     return points if problem == "digits" else [in_torch(entrant, point) for point in points]

@@ -118,7 +118,7 @@ def best(name: str, points: Sequence[Point], by: str, **fixed: float) -> dict[st
 
 
 def outcome(
-    points: dict[str, list[Point]], runs: Sequence[Run], by: str, search: dict[str, bool]
+    points: dict[str, list[Point]], runs: Sequence[Run], by: str, search: dict[str, Any]
 ) -> dict[str, Any]:
     """What a sweep file holds of one problem: conditions, every point, and the best settings."""
     config = runs[0].config
