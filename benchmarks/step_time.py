@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=1e-4),
     "KF-BFGS": lambda model: kfqn.KFBFGS(model, lr=0.1, damping=30.0),
     "KF-BFGS(L)": lambda model: kfqn.KFLBFGS(model, lr=0.1, damping=30.0),
+    "KFAC": lambda model: kfqn.KFAC(model, lr=0.1, damping=30.0),
 }
 
 
