@@ -11,7 +11,7 @@ from kfqn.race.paper_tables import COMPUTATION, STORAGE
 from kfqn.race.runs import Run
 from kfqn.race.train import train
 
-TOY = ["--width", 2, "--train-size", 256, "--eval-size", 10, "--epochs", 1]
+TOY = ["--width", 2, "--train-size", 256, "--eval-size", 10, "--epochs", 1, "--jobs", 1]
 LABELS = [entrant.label for entrant in ENTRANTS.values()]
 
 

@@ -15,11 +15,12 @@ from lab import BATCH, config, kfqn, one_line
 from rich.console import Console
 
 from kfqn.race import entrants, grids, problems, train, workers
+from kfqn.race.plan import Search
 from kfqn.race.runs import Run
 from kfqn.race.sweep import best, outcome, points_of, scores_of
 from kfqn.race.watch import live_view
 
-SMALL = ["--width", 2, "--train-size", BATCH, "--eval-size", 50]
+SMALL = ["--width", 2, "--train-size", BATCH, "--eval-size", 50, "--jobs", 1]
 
 
 def test_the_ranges_of_appendix_b2():
@@ -65,7 +66,7 @@ def test_the_best_of_a_sweep_is_the_lowest_that_finished(tmp_path):
         finished(tmp_path, loss, status, settings={"lr": lr, "damping": 1.0}) for lr, loss, status in cases
     ]
     for by, lr in (("train_loss", 1.0), ("average_loss", 1.0), ("test_error", 0.1)):
-        result = outcome(points_of(runs), runs, by, {"halving": False})
+        result = outcome(points_of(runs), runs, Search(by, halving=False, thinned=(), seeds=1))
         assert result["best"] == {"kfbfgs": {"lr": lr, "damping": 1.0}}
     assert [point["train_loss"] for point in result["points"]["kfbfgs"]] == [0.5, 0.2, None]
     assert [point["status"] for point in result["points"]["kfbfgs"]] == ["finished", "finished", "diverged"]
@@ -106,13 +107,13 @@ def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     assert saved["search"]["sgd"] == {"halving": True, "coarse": []}
     one_line(
         kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
-        "--halving starts with a ninth of the length, so --epochs or --budget must be at least 9",
+        "--halving starts with a ninth of the length, so --epochs must be at least 9",
     )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path):
-    arguments = ["sweep", "--optimizers", "sgd", "--epochs", 3, *SMALL, "--jobs", 2, "--out", tmp_path]
+    arguments = ["sweep", "--optimizers", "sgd", "--epochs", 3, *SMALL, "--out", tmp_path]
     command = [sys.executable, "-m", "kfqn", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 

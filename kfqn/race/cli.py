@@ -78,9 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--optimizers", nargs="+", choices=ENTRANTS, default=list(ENTRANTS), help="default: all"
     )
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
-    sweep.add_argument(
-        "--seeds", dest="sweep_seeds", type=positive, default=1, help="runs of every point (default: 1)"
-    )
+    sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
     add_search(sweep, by=True)
     add_problem(sweep)
     add_scale(sweep)

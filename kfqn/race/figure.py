@@ -15,7 +15,7 @@ from kfqn.race.runs import atomic_path
 from kfqn.race.summary import Standing, common_target
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#F0E442"]  # Okabe-Ito
-DASHES = ["-", "--", "-.", ":"]
+DASHES = ["-", "--"]
 SIZE = (10.0, 7.0)  # inches of one block
 
 
@@ -39,7 +39,7 @@ def draw(blocks: Sequence[tuple[str, Sequence[Standing]]], title: str, path: Pat
 
 def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None:
     measure = standings[0].measure
-    quantities = {measure.loss: "training loss", "test_error": "test error, %"}
+    quantities = {measure.loss: measure.loss_label, "test_error": "test error, %"}
     axes = {"epoch": "epoch", measure.time: measure.time_label}
     panels = part.subplots(2, 2, sharex="col", sharey="row")
     for standing, color, style in zip(standings, *_looks(standings), strict=True):
@@ -68,13 +68,10 @@ def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None
 def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
     """A colour and a line style for every standing: the same optimizer looks the same in every race."""
     names = [standing.config.entrant for standing in standings]
-    colors, styles = [], []
-    for n, name in enumerate(names):
-        before = names[:n].count(name)
-        many = names.count(name) > len(DASHES)  # more settings than dashes: colours tell them apart
-        colors.append(COLORS[(n if many else [*ENTRANTS].index(name)) % len(COLORS)])
-        styles.append("-" if many else DASHES[before])
-    return colors, styles
+    if any(names.count(name) > 2 for name in names):  # many settings of one: colours tell them apart
+        return [COLORS[n % len(COLORS)] for n in range(len(names))], ["-"] * len(names)
+    colors = [COLORS[[*ENTRANTS].index(name) % len(COLORS)] for name in names]
+    return colors, [DASHES[names[:n].count(name)] for n, name in enumerate(names)]
 
 
 def _line(panel: Axes, standing: Standing, axis: str, quantity: str, color: str, style: str) -> None:

@@ -12,13 +12,14 @@ from torch import nn
 import kfqn
 from kfqn.closures import Closure
 from kfqn.race import sweep as sweeping
-from kfqn.race.commands import scale_of, terminal
 from kfqn.race.cost import COLUMNS, PHASES, Cost, Shape, computation, shape, sights, storage
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.grids import TABLE_3, Settings, in_print
-from kfqn.race.paper_figures import workshop
+from kfqn.race.paper_figures import experiments
 from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.summary import PAPER
 from kfqn.race.train import conditions_of
+from kfqn.race.workshop import scale_of, terminal
 
 STORAGE = {  # Table 1 as printed, and SGD-m, which it leaves out
     "kfbfgs": {"DW": "IJ|Δ|", "A": "J²|Δ|²", "G": "I²"},
@@ -156,19 +157,20 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def best_values(options: argparse.Namespace) -> int:
     """Table 3: the best settings of a sweep here beside those the paper found, in its convention."""
     problems = [PROBLEMS[name] for name in options.problem or TABLE_3]
-    shop = workshop(options, problems)
+    of_all = experiments(options, problems)
     view = _table("Table 3. Best (learning rate, damping): here / paper", ["problem", *_labels(options)])
-    for problem in problems:
-        points = shop.points(problem, options.optimizers, "average_loss")
+    for experiment in of_all:
+        problem, points = experiment.problem, experiment.points(options.optimizers, PAPER.loss)
         cells = []
         for name in options.optimizers:
-            found = sweeping.best(name, points[name], "average_loss")
+            found = sweeping.best(name, points[name], PAPER.loss)
             printed = TABLE_3.get(problem.name, {}).get(name)
             ours = _values(name, in_print(name, found)) if found else "none finished"
             cells.append(f"{ours} / {_values(name, printed) if printed else '–'}")
         view.add_row(problem.title, *cells)
-    shop.console.print(view)
-    shop.console.print(
+    console = of_all[0].shop.console
+    console.print(view)
+    console.print(
         "In the paper's convention: SGD-m averages the gradient, its lr is ten times torch's; Adam's damping "
         "is ε.",
         style="dim",

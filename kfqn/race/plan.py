@@ -31,6 +31,19 @@ class Scale:
         return 1 if self.jobs > 1 else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Search:
+    """How a grid is gone through, and what its best point has the least of.
+
+    ``thinned`` settings are tried at every second value only; see `kfqn.race.sweep` for halving.
+    """
+
+    by: str
+    halving: bool
+    thinned: tuple[str, ...]
+    seeds: int
+
+
 def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Config]:
     """One configuration for every optimizer and seed, each once, all optimizers of a seed together."""
     wanted = [

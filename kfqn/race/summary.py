@@ -15,15 +15,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measure:
-    """Which keys of the records are called training loss and time."""
+    """Which keys of the records are called training loss and time (`docs/decisions.md`, 14)."""
 
     loss: str
+    loss_label: str
     time: str
     time_label: str
 
 
-RACE = Measure(loss="train_loss", time="seconds", time_label="training time, s")
-PAPER = Measure(loss="average_loss", time="cpu_seconds", time_label="CPU time, s")  # `docs/decisions.md`, 14
+RACE = Measure("train_loss", "training loss", "seconds", "training time, s")
+PAPER = Measure("average_loss", "training loss, moving average", "cpu_seconds", "CPU time, s")
 
 
 @dataclass(frozen=True)

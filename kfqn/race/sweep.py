@@ -21,7 +21,7 @@ from rich.table import Table
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.failure import Failure
 from kfqn.race.grids import Settings
-from kfqn.race.plan import Field, Scale
+from kfqn.race.plan import Field, Scale, Search
 from kfqn.race.runs import Run, check_writable, write_atomically
 
 CRITERIA = ("average_loss", "train_loss", "test_error")
@@ -33,11 +33,9 @@ Point = dict[str, Any]  # settings, seed, status, epochs, and the lowest value o
 Do = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
 
 
-def sweep(
-    field: Field, scale: Scale, by: str, halving: bool, do: Do
-) -> tuple[dict[str, list[Point]], list[Run]]:
+def sweep(field: Field, scale: Scale, search: Search, do: Do) -> tuple[dict[str, list[Point]], list[Run]]:
     """Run the field, in one go or by halving: the points of every optimizer, and the longest runs."""
-    lengths = [*_rungs(scale)] if halving else [scale]
+    lengths = [*_rungs(scale)] if search.halving else [scale]
     points: dict[str, dict[str, Point]] = {}
     for length in lengths:
         runs = do(field, length)
@@ -45,7 +43,7 @@ def sweep(
         for name, new in reached.items():
             points.setdefault(name, {}).update({_identity(name, point): point for point in new})
         if length is not lengths[-1]:
-            field = [(name, s) for name, new in reached.items() for s in _best_third(name, new, by)]
+            field = [(name, s) for name, new in reached.items() for s in _best_third(name, new, search.by)]
     return {name: [*of.values()] for name, of in points.items()}, runs
 
 
@@ -117,19 +115,17 @@ def best(name: str, points: Sequence[Point], by: str, **fixed: float) -> dict[st
     return None
 
 
-def outcome(
-    points: dict[str, list[Point]], runs: Sequence[Run], by: str, search: dict[str, Any]
-) -> dict[str, Any]:
+def outcome(points: dict[str, list[Point]], runs: Sequence[Run], search: Search) -> dict[str, Any]:
     """What a sweep file holds of one problem: conditions, every point, and the best settings."""
     config = runs[0].config
     keys = ("epochs", "budget", "width", "batch_size", "weight_decay", "train_size", "evaluated", "threads")
     return {
-        "problem": {key: getattr(config, key) for key in keys} | {"by": by},
+        "problem": {key: getattr(config, key) for key in keys} | {"by": search.by},
         "conditions": next(
             (end["conditions"] for run in runs if (end := run.end()) and "conditions" in end), {}
         ),
-        "search": dict.fromkeys(points, search),
-        "best": {name: found for name in points if (found := best(name, points[name], by))},
+        "search": {name: {"halving": search.halving, "coarse": search.thinned} for name in points},
+        "best": {name: found for name in points if (found := best(name, points[name], search.by))},
         "points": points,
     }
 

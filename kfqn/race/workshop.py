@@ -1,0 +1,141 @@
+"""What every command that trains does: from options to a scale, and from a field to finished runs."""
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from kfqn.race import sweep
+from kfqn.race.cifar import Cifar
+from kfqn.race.failure import Failure
+from kfqn.race.grids import SETTINGS, grid
+from kfqn.race.plan import Field, Scale, Search, configs
+from kfqn.race.problems import DEFAULT_DATA, Problem
+from kfqn.race.runs import Run, check_writable
+from kfqn.race.watch import live_view
+from kfqn.race.workers import do
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where one command works: the folder of its runs, that of the images, the terminal."""
+
+    out: Path
+    data_dir: Path | None
+    console: Console
+
+    def run(self, problem: Problem, field: Field, seeds: int, scale: Scale, by: str) -> list[Run]:
+        """Every optimizer of the field with every seed, done now or before, watched while it lasts.
+
+        ``by`` is the record whose lowest value is shown meanwhile.
+        """
+        check_writable(self.out)
+        runs = [Run.create(self.out / "runs", config) for config in configs(problem, field, seeds, scale)]
+        for run in runs:
+            run.forget_failure()
+        known = sum(run.end() is not None for run in runs)
+        if known:
+            self.console.print(
+                f"{known} of {len(runs)} runs are done already; delete {self.out} to repeat them."
+            )
+        with live_view(runs, self.console, by) as update:
+            do(runs, scale.jobs, self.data_dir, update)
+        return runs
+
+    def tune(
+        self, problem: Problem, names: Sequence[str], scale: Scale, search: Search
+    ) -> tuple[dict[str, Any], list[Run]]:
+        """Sweep some optimizers on a problem: the outcome and the longest runs."""
+
+        def run_field(field: Field, length: Scale) -> list[Run]:
+            return self.run(problem, field, search.seeds, length, search.by)
+
+        field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned)]
+        points, runs = sweep.sweep(field, scale, search, run_field)
+        return sweep.outcome(points, runs, search), runs
+
+
+def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out: Path) -> Workshop:
+    """Ready to train on these problems, their images at hand; Failure for images that are not there."""
+    console = terminal()
+    return Workshop(out, data_folder(options.data_dir, problems, console), console)
+
+
+def terminal() -> Console:
+    """Where to print; a file has no edge to fold at."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
+    """The scale that the options ask for; Failure if the device is not there or the images are too few."""
+    if options.train_size is not None and options.train_size < problem.batch_size:
+        raise Failure(
+            f"--train-size must be at least one batch, {problem.batch_size} here, got {options.train_size}."
+        )
+    if options.device != "cpu":
+        try:
+            torch.empty(1, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise Failure(
+                f"--device {options.device} cannot be used ({reason}): leave it out for the CPU."
+            ) from None
+    unlimited = options.epochs is None and options.budget is None
+    return Scale(
+        epochs=problem.epochs if unlimited else options.epochs,
+        budget=options.budget,
+        width=options.width,
+        train_size=options.train_size,
+        evaluated=options.eval_size,
+        device=options.device,
+        jobs=options.jobs or (1 if options.device != "cpu" else os.cpu_count() or 1),
+    )
+
+
+def search_of(options: argparse.Namespace, scale: Scale, by: str, seeds: int = 1) -> Search:
+    """The search that the options ask for; Failure if it is to be halved and is too short for that."""
+    if options.halving and (scale.epochs or math.inf) < sweep.SHARE**2:
+        raise Failure(
+            "--halving starts with a ninth of the length, so --epochs must be at least "
+            f"{sweep.SHARE**2}: give more, or leave --halving out."
+        )
+    thinned = SETTINGS if options.coarse == [] else tuple(options.coarse or ())
+    return Search(by=by, halving=options.halving, thinned=thinned, seeds=seeds)
+
+
+def data_folder(given: Path | None, problems: Sequence[Problem], console: Console) -> Path | None:
+    """The folder with the data sets, downloaded first if the user named none and one is not there."""
+    sources = {id(source): source for p in problems if p.source is not None for source in (p.source(),)}
+    folder = given or DEFAULT_DATA
+    for source in sources.values():
+        if given is not None:
+            source.load(folder)  # every file once, so that what is wrong is said before any run
+        elif not source.found(folder):
+            download(source, folder, console)
+    return folder if sources else None
+
+
+def download(source: Cifar, folder: Path, console: Console) -> None:
+    """Fetch a data set under a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(source.title, total=None)
+        source.download(
+            folder, lambda done, total: progress.update(task, completed=done, total=total or None)
+        )
+
+
+def exit_status(runs: Sequence[Run]) -> int:
+    """1 if any run failed or is unfinished; a diverged run is a result."""
+    states = [(run.end() or {"status": "unfinished"})["status"] for run in runs]
+    return 1 if "failed" in states or "unfinished" in states else 0
