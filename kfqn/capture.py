@@ -93,7 +93,7 @@ def _observer(
 
     def reduced(reduction: Reduction, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return reduction(x.to(layer.dtype))
+            return reduction(layer.channels_first(x).to(layer.dtype))
 
     def note(record: Seen, Dh: Tensor) -> None:
         record.Dh = Dh if record.Dh is None else record.Dh + Dh  # a closure may call backward more than once

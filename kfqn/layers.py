@@ -4,7 +4,7 @@ Notation (section 2). A module with I outputs has W = [weight | bias] of shape (
 C = J|Δ| for J inputs and |Δ| filter offsets, plus one for the homogeneous coordinate if
 there is a bias. For a batch of m data its input becomes the vectors a_t(n) of length C,
 one for every datum n and location t ∈ T, and its output is h_t = W a_t, eq. (1). For a
-`Linear` layer |Δ| = |T| = 1.
+`Linear` layer |Δ| = 1, and T is whatever stands between batch and features.
 
 Each class turns an input tensor into those vectors without ever storing them: the two
 products with all a_t that the method needs (`inner`, `weighted_sum`) cost about as much
@@ -86,6 +86,10 @@ class Layer(ABC):
     def _with_ones(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
 
+    def channels_first(self, h: Tensor) -> Tensor:
+        """The module's output with its I numbers in the second dimension, (m, I, *T)."""
+        return h
+
     @abstractmethod
     def check_input(self, a: Tensor) -> None:
         """Raise ValueError for an input that is not a batch of what the layer takes."""
@@ -109,17 +113,20 @@ class Layer(ABC):
 
 @final
 class LinearLayer(Layer):
-    """`torch.nn.Linear` on an input of shape (m, J): one location."""
+    """`torch.nn.Linear` on an input of shape (m, *T, J): dimensions between are locations."""
+
+    def channels_first(self, h: Tensor) -> Tensor:
+        return h.movedim(-1, 1)
 
     def check_input(self, a: Tensor) -> None:
-        if a.ndim != 2:
+        if a.ndim < 2:
             raise ValueError(
-                f"{self} takes inputs of shape (batch, features) here, but got {tuple(a.shape)}: "
-                "flatten the other dimensions into the batch before the layer."
+                f"{self} takes inputs of shape (batch, ..., features) here, but got {tuple(a.shape)}: "
+                "add the batch dimension with x[None]."
             )
 
     def locations(self, a: Tensor) -> tuple[int, ...]:
-        return ()
+        return tuple(a.shape[1:-1])
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         if self.bias is None:
@@ -127,10 +134,11 @@ class LinearLayer(Layer):
         return a @ v[:-1] + v[-1]
 
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        return u @ a if self.bias is None else torch.cat((u @ a, u.sum()[None]))
+        sums = u.flatten() @ a.flatten(0, -2)
+        return sums if self.bias is None else torch.cat((sums, u.sum()[None]))
 
     def patches(self, a: Tensor) -> Tensor:
-        return self._with_ones(a[:, None, :])
+        return self._with_ones(a.reshape(len(a), -1, a.shape[-1]))
 
 
 @final

@@ -75,8 +75,8 @@ class KFBFGS(KFQN):
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the network. Its trainable parameters must all belong to `Linear` layers on
-            2-D input or to ungrouped `Conv1d`, `Conv2d` or `Conv3d` layers; frozen parameters are ignored.
+        model: the network. Its trainable parameters must all belong to `Linear` layers or to ungrouped
+            `Conv1d`, `Conv2d` or `Conv3d` layers; frozen parameters are ignored.
         lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
         damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
             for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);

@@ -23,6 +23,8 @@ class LayerCase:
 LAYERS = {
     "linear": LayerCase(nn.Linear, (4, 3), {}, (4,)),
     "linear, no bias": LayerCase(nn.Linear, (4, 3), {"bias": False}, (4,)),
+    "linear, one more dimension": LayerCase(nn.Linear, (4, 3), {}, (5, 4)),
+    "linear, two more, no bias": LayerCase(nn.Linear, (4, 3), {"bias": False}, (2, 3, 4)),
     "conv": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1}, (2, 4, 5)),
     "conv, no bias": LayerCase(nn.Conv2d, (2, 3, 3), {"bias": False}, (2, 4, 5)),
     "conv 1x1": LayerCase(nn.Conv2d, (3, 2, 1), {}, (3, 3, 2)),
@@ -56,6 +58,13 @@ def odd_cnn():
         nn.Tanh(),
         nn.Flatten(),
         nn.Linear(27, 3),
+    )
+
+
+def mixer():
+    """Linear layers on locations, then across them; input (4, 5)."""
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
     )
 
 

@@ -17,7 +17,8 @@ def vectors(module, a):
     """a_t(n) for one layer, (m, |T|, C), and the shape of T; entry by entry."""
     one = [] if module.bias is None else [1.0]
     if isinstance(module, nn.Linear):
-        return torch.stack([torch.stack([torch.cat((an, an.new_tensor(one)))]) for an in a]), ()
+        rows = [[torch.cat((v, v.new_tensor(one))) for v in an.reshape(-1, an.shape[-1])] for an in a]
+        return torch.stack([torch.stack(row) for row in rows]), tuple(a.shape[1:-1])
     k, s, d = module.kernel_size, module.stride, module.dilation
     if module.padding == "same":
         totals = [di * (ki - 1) for ki, di in zip(k, d, strict=True)]
@@ -98,7 +99,10 @@ class Algorithm2:
                     h.requires_grad_(True)
                 a_list.append(at.detach())
                 h_list.append(h)
-                x = h.transpose(1, 2).reshape(len(x), h.shape[2], *T)
+                if isinstance(m, nn.Linear):
+                    x = h.reshape(len(x), *T, h.shape[2])
+                else:
+                    x = h.transpose(1, 2).reshape(len(x), h.shape[2], *T)
             elif isinstance(m, nn.ReLU):
                 x = F.relu(x)
             else:

@@ -4,12 +4,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, mlp, odd_cnn
+from cases import batches, closure, mixer, mlp, odd_cnn
 
 import kfqn
 
 pytestmark = pytest.mark.usefixtures("double")
-NETS = {"cnn": (odd_cnn, (2, 6, 6)), "mlp": (mlp, (5,))}
+NETS = {"cnn": (odd_cnn, (2, 6, 6)), "mlp": (mlp, (5,)), "mixer": (mixer, (4, 5))}
 HISTORY = 6  # wraps round three times in twenty steps
 
 

@@ -481,8 +481,8 @@ def foreign_closure(model, optimizer, x, target):
     return closure(mlp(), optimizer, x, target)()
 
 
-def deep_closure(model, optimizer, x, target):
-    loss = model(x[:, None]).mean()
+def single_closure(model, optimizer, x, target):
+    loss = model(x[0]).mean()
     loss.backward()
     return loss
 
@@ -498,7 +498,7 @@ WRONG_CLOSURES = {
     "must return the loss as a tensor, but returned NoneType": (TypeError, lambda *a: None),
     "left no gradient on any layer": (RuntimeError, lazy_closure),
     "saw no forward pass through any of its 2 layers, the first being '0'": (RuntimeError, foreign_closure),
-    "'0' \\(Linear\\) takes inputs of shape \\(batch, features\\)": (ValueError, deep_closure),
+    "'0' \\(Linear\\) takes inputs of shape \\(batch, ..., features\\)": (ValueError, single_closure),
     "'0' \\(Linear\\) ran twice in one pass": (ValueError, twice_closure),
 }
 

@@ -29,7 +29,7 @@ def test_equation_1_the_layer_is_a_matrix(case):
     at, T = oracle.vectors(module, a)
     torch.testing.assert_close(layer.patches(a), at, **SAME)
     assert layer.locations(a) == T
-    h = module(a)
+    h = layer.channels_first(module(a))
     torch.testing.assert_close((at @ layer.W().T).transpose(1, 2).reshape(h.shape), h, **SAME)
     assert (layer.rows, layer.columns) == layer.W().shape
 
@@ -40,7 +40,7 @@ def test_the_gradient_is_a_matrix_and_a_step_moves_every_parameter(case):
     h = module(a)
     Dh = torch.randn_like(h)
     h.backward(Dh)
-    Dh = Dh.reshape(3, layer.rows, -1).transpose(1, 2)  # (m, |T|, I)
+    Dh = layer.channels_first(Dh).reshape(3, layer.rows, -1).transpose(1, 2)  # (m, |T|, I)
     expected = sum(torch.outer(D, v) for D, v in zip(Dh.flatten(0, 1), at.flatten(0, 1), strict=True))
     torch.testing.assert_close(layer.DW(), expected, **SAME)
     W, P = layer.W(), torch.randn(layer.rows, layer.columns)

@@ -4,6 +4,7 @@ Seconds are medians of repeated calls, the optimizers interleaved, on the inputs
 the layers really see in a step on random images.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -152,9 +153,8 @@ def sights(model: nn.Module, closure: Closure) -> list[Sight]:
 
 def shape(sight: Sight) -> Shape:
     """The layer's sizes."""
-    J = sight.a.shape[1]
-    locations = sight.h[0, 0].numel()
-    return Shape(sight.layer.name, sight.layer.rows, J, sight.layer.fan_in // J, locations)
+    I, J, *offsets = sight.layer.weight.shape  # noqa: E741
+    return Shape(sight.layer.name, I, J, math.prod(offsets), sight.h[0, 0].numel())
 
 
 def phases(optimizer: torch.optim.Optimizer, sight: Sight) -> dict[str, Callable[[], object]]:
@@ -182,7 +182,7 @@ def second_pass_of(sight: Sight) -> None:
     parameters = sight.layer.parameters()
     for p in parameters:
         p.requires_grad_(False)
-    sight.layer.module(a).backward(sight.gradient)
+    sight.layer.channels_first(sight.layer.module(a)).backward(sight.gradient)
     a.grad = None
     a.requires_grad_(False)
     for p in parameters:
