@@ -34,6 +34,11 @@ class Seen:
         assert self.a is not None
         return self.a
 
+    def gradient(self) -> Tensor:
+        """What the gradient was reduced to, of a layer that the backward pass has reached."""
+        assert self.Dh is not None
+        return self.Dh
+
 
 @contextlib.contextmanager
 def capture(

@@ -58,7 +58,7 @@ def closure(
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the model, or its compiled or parallel form.
+        model: the model, or its compiled form.
         x: the model's input, a tensor, or a tuple or list of positional arguments.
         target: what ``loss_fn`` compares the output with.
         loss_fn: output and target to the loss, a mean over the batch.
@@ -77,6 +77,7 @@ def _sample_of(loss_fn: Loss) -> Sample | None:
         type(loss_fn) is nn.CrossEntropyLoss
         and loss_fn.weight is None
         and loss_fn.reduction == "mean"
+        and loss_fn.ignore_index == -100
         and loss_fn.label_smoothing == 0
     ):
         return _categorical

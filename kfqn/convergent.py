@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kfqn.curvature import second_moment
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, checked_settings, inverse_factor
+from kfqn.optimizer import Group, Others, State, adamw, checked_settings, inverse_factor
 from kfqn.secant import double_damping, lbfgs_matmul, lbfgs_push_
 from kfqn.two_pass import TwoPassOptimizer
 
@@ -28,7 +28,7 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (k + 1) ** -b)
 
     Args:
-        model, weight_decay: as for `KFBFGS`.
+        model, weight_decay, others: as for `KFBFGS`.
         lr: the learning rate α_k.
         damping: λ; λ_A = λ_G = √λ.
         history_size: p, how many pairs (s, y) are kept; the oldest is dropped.
@@ -49,9 +49,10 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        others: Others = adamw,
     ) -> None:
         settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings | checked_settings(history_size=history_size))
+        super().__init__(model, settings | checked_settings(history_size=history_size), others)
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         rows, columns, p = layer.rows, layer.columns, group["history_size"]

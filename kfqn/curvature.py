@@ -44,14 +44,14 @@ def second_moment(layer: Layer, a: Tensor) -> Tensor:
 def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
     """(A + λ_A I)⁻¹ for a positive semi-definite A (Algorithm 2, line 2).
 
-    By Cholesky factorisation, in float64 where the device has it, because A's condition
-    costs digits and this is done once. Raises ValueError if A is not finite.
+    By Cholesky factorisation, in float64 where the device has it, because A's condition costs
+    digits; that is slow on GPUs with little float64. Raises ValueError if A is not finite.
     """
     exact = A.to(torch.float32 if A.device.type == "mps" else torch.float64, copy=True)
     exact.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(exact)
     if not A.isfinite().all() or info != 0:
-        raise ValueError("A is not finite and positive")
+        raise ValueError("the matrix to invert is not finite and positive")
     return torch.cholesky_inverse(factor).to(A.dtype)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 from kfqn.capture import Seen, capture
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, KroneckerOptimizer, Moments, State, checked_settings, inverse_factor
+from kfqn.optimizer import (
+    Group,
+    KroneckerOptimizer,
+    Moments,
+    Others,
+    State,
+    adamw,
+    checked_settings,
+    inverse_factor,
+)
 from kfqn.second_pass import Rewind, random_state, second_pass
 
 
@@ -41,14 +51,16 @@ class KFAC(KroneckerOptimizer):
         pi: split the damping between the factors, π√λ to Ω and √λ/π to Γ, with
             π² = (tr Ω / C) / (tr Γ / I), as KFC-pre (Grosse and Martens 2016) does.
         clip: κ of KFC-pre's trust region: all P are scaled by min(1, √(κ / (α² Σ ⟨P, D̂W⟩))),
-            which keeps the quadratic model of the change in predictions at κ or below.
+            which keeps the quadratic model of the change in predictions at κ or below; with
+            ``momentum`` that of a single step's share, before it is accumulated.
         momentum: decay of an accumulated direction, P ← momentum P + H_Γ DW H_Ω; the gradient is
-            then not averaged by itself, as in KFC-pre.
+            then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P.
         averaging: decay of an average of the weights, which `averaged` puts in their place.
-        seed: of the sampled targets; by default drawn from torch's random state.
+        seed: of the sampled targets; by default that of `torch.manual_seed`.
+        others: as for `KFBFGS`.
 
     The loss must be the mean negative log-likelihood of the predictive distribution. Settings
-    are read from ``param_groups`` at every step; ``k`` there counts the steps and ``drawn`` the
+    are read from ``param_groups[0]`` at every step; ``k`` there counts the steps and ``drawn`` the
     times that targets were drawn, so a resumed run draws what it would have drawn.
 
     Raises:
@@ -69,6 +81,7 @@ class KFAC(KroneckerOptimizer):
         momentum: float = 0.0,
         averaging: float = 0.0,
         seed: int | None = None,
+        others: Others = adamw,
     ) -> None:
         settings = checked_settings(
             lr=lr,
@@ -82,8 +95,8 @@ class KFAC(KroneckerOptimizer):
         if clip is not None:
             checked_settings(clip=clip)
         if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        super().__init__(model, settings | {"pi": pi, "clip": clip, "seed": seed, "k": 0, "drawn": 0})
+            seed = torch.initial_seed()
+        super().__init__(model, settings | {"pi": pi, "clip": clip, "seed": seed, "k": 0, "drawn": 0}, others)
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         rows, columns = layer.rows, layer.columns
@@ -110,7 +123,8 @@ class KFAC(KroneckerOptimizer):
     def _sampled_pass(self, closure: Any, rewind: Rewind, *, inputs: bool) -> dict[Layer, Seen]:
         """Line 10: the batch again, with targets of the model's own; ``Dh`` of a layer is its Γ."""
         group = self._group
-        generator = torch.Generator(self._layers[0].weight.device).manual_seed(group["seed"] + group["drawn"])
+        mixed = random.Random(f"{group['seed']} {group['drawn']}").getrandbits(32)
+        generator = torch.Generator(self._layers[0].weight.device).manual_seed(mixed)
         group["drawn"] += 1
         with second_pass(self._model, rewind), torch.enable_grad():
             with capture(self._layers, inputs=inputs, Dh=second_moment_of_gradient) as seen:
@@ -119,12 +133,14 @@ class KFAC(KroneckerOptimizer):
 
     def _first_moments(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> dict[Layer, Moments]:
         sampled = self._sampled_pass(closure, rewind, inputs=False)
+        for layer in before:
+            if layer not in sampled:
+                raise RuntimeError(
+                    f"{layer} got a gradient from the loss but none with sampled targets: the model must do "
+                    "the same in every pass over a batch."
+                )
         with self._full_precision():
-            return {
-                layer: _moments(layer, seen.input(), sampled[layer])
-                for layer, seen in before.items()
-                if layer in sampled
-            }
+            return {layer: _moments(layer, seen.input(), sampled[layer]) for layer, seen in before.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         self._check_closure(batch)
@@ -166,22 +182,24 @@ class KFAC(KroneckerOptimizer):
             yield layer, self.state[layer.weight]["DW"].mul_(momentum).add_(clipped) if momentum else clipped
 
     def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:  # line 12
-        state["Omega"].lerp_(second_moment(layer, a), 1 - group["beta"])
+        _average(state["Omega"], second_moment(layer, a), group)
 
     def _look_again(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> None:
         group = self._group
         group["k"] += 1
-        states = {layer: self.state[layer.weight] for layer in before}
         if group["averaging"]:
-            for layer, state in states.items():
-                state["mean_W"].lerp_(layer.W(), 1 - group["averaging"])
+            for layer in before:
+                W = layer.W()
+                self.state[layer.weight].setdefault("mean_W", W).lerp_(W, 1 - group["averaging"])
         sampled = self._sampled_pass(closure, rewind, inputs=False)
         with self._full_precision():
-            for layer, state in states.items():
+            for layer in before:
                 if layer in sampled:
-                    state["Gamma"].lerp_(sampled[layer].Dh, 1 - group["beta"])  # line 12
-                if group["k"] % group["inverse_interval"] == 0:  # line 13
-                    invert(state, group)
+                    _average(self.state[layer.weight]["Gamma"], sampled[layer].gradient(), group)  # line 12
+            if group["k"] % group["inverse_interval"] == 0:  # line 13
+                for layer in self._layers:
+                    if self.state.get(layer.weight):
+                        invert(self.state[layer.weight], group)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -189,7 +207,7 @@ class KFAC(KroneckerOptimizer):
         pairs = [
             (layer, state["mean_W"])
             for layer in self._layers
-            if "mean_W" in (state := self.state.get(layer.weight, {}))
+            if self._group["averaging"] and "mean_W" in (state := self.state.get(layer.weight, {}))
         ]
         own = [layer.W() for layer, _ in pairs]
         with torch.no_grad():
@@ -204,8 +222,12 @@ class KFAC(KroneckerOptimizer):
 
 
 def _moments(layer: Layer, a: Tensor, sampled: Seen) -> Moments:
-    assert sampled.Dh is not None
-    return {"Omega": second_moment(layer, a), "Gamma": sampled.Dh}
+    return {"Omega": second_moment(layer, a), "Gamma": sampled.gradient()}
+
+
+def _average(old: Tensor, new: Tensor, group: Group) -> None:
+    """Line 12, in place; a second moment that is not finite is left out."""
+    old.lerp_(torch.where(new.isfinite().all(), new, old), 1 - group["beta"])
 
 
 def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, float | Tensor]:
@@ -219,7 +241,7 @@ def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, 
 
 
 def invert(state: State, group: Group) -> None:
-    """Line 14; a factor that is not finite keeps its last inverse."""
+    """Line 14; a factor that cannot be inverted keeps its last inverse."""
     lambda_Omega, lambda_Gamma = _split(state["Omega"], state["Gamma"], group)
     for name, damping in (("Omega", lambda_Omega), ("Gamma", lambda_Gamma)):
         with contextlib.suppress(ValueError):

@@ -13,6 +13,7 @@ as reading the input. Only `patches` writes them out.
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import final
 
@@ -28,18 +29,19 @@ class Layer(ABC):
     """A module with weight and bias, as one matrix W of shape (`rows`, `columns`) = (I, C).
 
     ``fan_in`` = J|Δ| of the columns are the weight's. ``weight`` stands for the whole layer: it is
-    the key of the layer's optimizer state. ``dtype`` is what statistics and factors are kept in:
-    the weight's type, but at least float32.
+    the key of the layer's optimizer state. ``bias`` is None where there is none to train.
+    ``dtype`` is what statistics and factors are kept in: the weight's type, but at least float32.
     """
 
     def __init__(self, name: str, module: nn.Linear | Convolution) -> None:
         self.name = name
         self.module: nn.Module = module
         self.weight: Tensor = module.weight
-        self.bias: Tensor | None = module.bias
+        trained = module.bias is not None and module.bias.requires_grad
+        self.bias: Tensor | None = module.bias if trained else None
         self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
         self.rows, self.fan_in = len(module.weight), module.weight[0].numel()  # I and J|Δ|
-        self.columns = self.fan_in + (module.bias is not None)
+        self.columns = self.fan_in + trained
 
     def __str__(self) -> str:
         return f"'{self.name}' ({type(self.module).__name__})"
@@ -220,48 +222,35 @@ def _pad(module: Convolution) -> Iterator[int]:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The trainable layers of a model, in the order of its modules; a frozen layer is left out.
+    """The trainable layers of a model that have factors, in the order of its modules.
 
-    Raises ValueError, naming the module, for a trainable parameter that belongs to no
-    supported layer, a layer frozen by half, a tied weight, an uninitialised lazy module,
-    and a model with no trainable layer at all.
+    A bias frozen by itself leaves a layer without homogeneous coordinate; a frozen weight, or a
+    weight that several modules share, leaves no layer. Raises ValueError for an uninitialised lazy
+    module, naming it, and for a model with no layer at all.
     """
-    layers: list[Layer] = []
-    owner: dict[nn.Parameter, str] = {}
+    uses = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    layers = []
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        trainable = [key for key, p in own.items() if p.requires_grad]
-        if not trainable:
-            continue
-        where = f"'{name or 'the model itself'}' ({type(module).__name__})"
         if any(is_lazy(p) for p in own.values()):
+            where = f"'{name or 'the model itself'}' ({type(module).__name__})"
             raise ValueError(f"{where} has no shape yet: run one batch through the model first.")
-        for key in trainable:
-            if own[key] in owner:
-                raise ValueError(
-                    f"{where} shares its {key} with '{owner[own[key]]}', and tied weights are not "
-                    "supported yet: give each its own, or freeze it with requires_grad_(False)."
-                )
-            owner[own[key]] = name
-        layer = _layer(name, module) if own.keys() <= {"weight", "bias"} and "weight" in own else None
-        if layer is None:
-            raise ValueError(
-                f"{where} has a trainable {trainable[0]} that cannot be preconditioned yet (only "
-                "Linear and ungrouped Conv1d, Conv2d and Conv3d can): freeze it with "
-                "requires_grad_(False), or take it out of the model."
-            )
-        if len(trainable) < len(own):
-            raise ValueError(
-                f"{where} has a trainable {trainable[0]} beside a frozen parameter, and the two form "
-                "one matrix here: freeze both or neither."
-            )
-        layers.append(layer)
+        alone = all(uses[p] == 1 for p in own.values())
+        if alone and "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].requires_grad:
+            layer = _layer(name, module)
+            layers += [layer] if layer is not None else []
     if not layers:
         raise ValueError(
             "the model has no trainable Linear, Conv1d, Conv2d or Conv3d layer, so there is nothing "
             "to precondition: use a torch.optim optimizer for it."
         )
     return layers
+
+
+def other_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
+    """Every trainable parameter, by name, that belongs to none of the layers."""
+    taken = {id(p) for layer in layers for p in layer.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
 
 
 def _layer(name: str, module: nn.Module) -> Layer | None:

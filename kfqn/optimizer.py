@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from kfqn.capture import Seen
 from kfqn.curvature import damped_inverse
-from kfqn.layers import Layer, layers_of
+from kfqn.layers import Layer, layers_of, other_parameters
 from kfqn.second_pass import Rewind, random_state
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
 Moments = dict[str, Tensor]  # what a layer starts from, each a mean over data
+Others = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """What trains the parameters that belong to no layer, unless told otherwise."""
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
 
 class KroneckerOptimizer(torch.optim.Optimizer, ABC):
@@ -28,12 +34,31 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
 
     State is kept per layer, under the layer's weight, in the layer's `dtype` (at least
     float32). Scalars stay tensors: no step waits for the device unless its method says so.
+    Trainable parameters that belong to no layer are in parameter groups of their own, after the
+    first, and trained by the torch optimizer that ``others`` makes of them.
     """
 
-    def __init__(self, model: nn.Module, defaults: Group) -> None:
+    def __init__(self, model: nn.Module, defaults: Group, others: Others) -> None:
         self._model = model
         self._layers = layers_of(model)
-        super().__init__([p for layer in self._layers for p in layer.parameters()], defaults)
+        self._other_names = other_parameters(model, self._layers)
+        groups: list[Group] = [{"params": [p for layer in self._layers for p in layer.parameters()]}]
+        self._others = others([*self._other_names.values()]) if self._other_names else None
+        groups += self._others.param_groups if self._others is not None else []
+        own = [set(group) for group in groups[1:]]
+        self._complete = False
+        super().__init__(groups, defaults)
+        for group, keys in zip(self.param_groups[1:], own, strict=True):
+            for key in group.keys() - keys:  # torch has put our defaults there
+                del group[key]
+        self._complete = True
+        self._share()
+
+    def _share(self) -> None:
+        """Let the optimizer of the other parameters work on our groups and our state."""
+        if self._others is not None:
+            self._others.param_groups = self.param_groups[1:]
+            self._others.state = self.state
 
     @abstractmethod
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
@@ -76,10 +101,10 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
         """One step: a pass, the update of the weights, a second pass, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
-        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice, must use
-        the same batch both times, and draw its random numbers from torch; the second run leaves no
-        trace in the model (`kfqn.second_pass`). A layer that the batch gives no gradient
-        is left as it is.
+        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
+        KFAC's first step without a warm start), must use the same batch every time, and draw
+        its random numbers from torch; all runs but the first leave no trace in the model
+        (`kfqn.second_pass`). A layer that the batch gives no gradient is left as it is.
 
         Returns the loss of the first call. Raises TypeError for a closure that is missing
         or returns no tensor, RuntimeError if no layer ran or none got a gradient, and
@@ -111,6 +136,8 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
         group = self._group
         for layer, P in self._directions(gradients, group):
             layer.add_(P, alpha=-group["lr"])
+        if self._others is not None:
+            self._others.step()
         for layer, record in seen.items():
             self._learn_A(layer, record.input(), self.state[layer.weight], group)
             record.a = None
@@ -161,13 +188,18 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
         parameters = [p for group in self.param_groups for p in group["params"]]
         layers = {layer.weight: layer for layer in self._layers}
         states = {p: state_dict["state"].get(i, {}) for i, p in zip(saved, parameters, strict=False)}
+        others = {id(p) for p in self._other_names.values()}
         for p, state in states.items():
-            if state:
+            if state and id(p) not in others:
                 self._check_state(layers.get(p), state, state_dict["param_groups"][0])
         super().load_state_dict(state_dict)
         for p, state in states.items():
             for key, value in state.items():
-                self.state[p][key] = value.to(p.device, layers[p].dtype, copy=True)
+                if p in layers:
+                    self.state[p][key] = value.to(p.device, layers[p].dtype, copy=True)
+                elif isinstance(value, Tensor):
+                    self.state[p][key] = self.state[p][key].clone()
+        self._share()
 
     def _check_state(self, layer: Layer | None, state: State, group: Group) -> None:
         """Raise ValueError unless the saved state is of this optimizer and of this layer's shape."""
@@ -182,7 +214,7 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: Group) -> None:
         """Refused once the optimizer stands: its layers come from the model."""
-        if self.param_groups:
+        if self._complete:
             raise ValueError(
                 f"{self._name} takes its layers from the model it is given, so a parameter group "
                 "cannot be added: build a new optimizer after the model has changed."
@@ -203,8 +235,21 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
 
     @property
     def _group(self) -> Group:
-        (group,) = self.param_groups
-        return group
+        return self.param_groups[0]
+
+    def plan(self) -> str:
+        """A table of what happens to every trainable parameter: its rule, its shape, its factors' bytes."""
+        lines = [("parameters", "rule", "shape", "state, MB")]
+        for layer in self._layers:
+            size = torch.finfo(layer.dtype).bits // 8
+            entries = sum(math.prod(shape) for shape in self._shapes(layer, self._group).values())
+            shape = f"{layer.rows} × {layer.columns}"
+            lines.append((layer.name or "the model", self._name, shape, f"{entries * size / 1e6:.3g}"))
+        for name, p in self._other_names.items():
+            shape = " × ".join(map(str, p.shape)) or "1"
+            lines.append((name, type(self._others).__name__, shape, "–"))
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def _full_precision(self) -> torch.autocast:
         """Our own arithmetic is never done in lower precision, whatever surrounds the step."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kfqn.curvature import mean_activation, second_moment_matvec
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, State, checked_settings
+from kfqn.optimizer import Group, Others, State, adamw, checked_settings
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 from kfqn.two_pass import TwoPassOptimizer
 
@@ -75,22 +75,24 @@ class KFBFGS(KFQN):
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the network. Its trainable parameters must all belong to `Linear` layers or to ungrouped
-            `Conv1d`, `Conv2d` or `Conv3d` layers; frozen parameters are ignored.
+        model: the network. Its `Linear` layers and ungrouped `Conv1d`, `Conv2d` and `Conv3d` layers get
+            factors; see ``others`` for what else it trains. Frozen parameters are ignored.
         lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
         damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
             for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);
             a step too large for its damping ends in NaN, so for another model try lr 10 and 3 too.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G).
         mu1: μ₁ of Powell's damping.
-        weight_decay: L2 regularisation: this times W is added to every gradient, biases included.
+        weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
+        others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
+            (normalisation, embeddings, grouped convolutions, tied weights, …), which then trains them;
+            AdamW with lr 1e-3 by default. They are in ``param_groups[1:]``. `plan` shows what goes where.
 
     ``lr``, ``damping``, ``beta``, ``mu1`` and ``weight_decay`` are read from
-    ``param_groups`` at every step. The loss must be a mean over the batch.
+    ``param_groups[0]`` at every step. The loss must be a mean over the batch.
 
     Raises:
-        ValueError: for an argument out of range, or a model with a trainable parameter
-            that cannot be preconditioned.
+        ValueError: for an argument out of range, or a model without any such layer.
     """
 
     def __init__(
@@ -102,9 +104,10 @@ class KFBFGS(KFQN):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        others: Others = adamw,
     ) -> None:
         settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings)
+        super().__init__(model, settings, others)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return {"H_G": (layer.rows, layer.rows)}
@@ -140,9 +143,10 @@ class KFLBFGS(KFQN):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        others: Others = adamw,
     ) -> None:
         settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings | checked_settings(history_size=history_size))
+        super().__init__(model, settings | checked_settings(history_size=history_size), others)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))

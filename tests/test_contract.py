@@ -421,49 +421,15 @@ def test_history_size_out_of_range(history_size):
         kfqn.KFLBFGS(mlp(), history_size=history_size)
 
 
-def tied():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    return model
-
-
-def half_frozen():
-    model = mlp()
-    model[2].bias.requires_grad_(False)
-    return model
-
-
-def with_extra_parameter():
-    layer = nn.Linear(3, 3)
-    layer.scale = nn.Parameter(torch.ones(()))
-    return nn.Sequential(layer)
-
-
-class Scaled(nn.Linear):
-    """A subclass may compute anything."""
-
-
 WRONG_MODELS = {
-    r"no trainable Linear": lambda: nn.ReLU(),
-    r"'1' \(BatchNorm1d\) has a trainable weight": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
-    r"'0' \(Conv2d\) has a trainable weight that cannot": lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),
-    r"'0' \(Scaled\) has a trainable weight that cannot": lambda: nn.Sequential(Scaled(3, 3)),
-    r"'0' \(Linear\) has a trainable bias that cannot": lambda: nn.Sequential(
-        nn.utils.spectral_norm(nn.Linear(3, 3))
-    ),
-    r"'0' \(Linear\) has a trainable weight that cannot": with_extra_parameter,
-    r"'0' \(ParametrizedLinear\) has a trainable bias that": lambda: nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    ),
-    r"'1' \(Linear\) shares its weight with '0'": tied,
-    r"'2' \(Linear\) has a trainable weight beside a frozen": half_frozen,
+    r"no trainable Linear": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)),
     r"'0' \(LazyLinear\) has no shape yet": lambda: nn.Sequential(nn.LazyLinear(3)),
 }
 
 
 @pytest.mark.parametrize("message", WRONG_MODELS)
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
-def test_a_model_that_cannot_be_preconditioned_is_refused_by_name(make, message):
+def test_a_model_without_layers_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(WRONG_MODELS[message]())
 
@@ -528,7 +494,9 @@ def test_other_wrong_calls(make_two_pass):
         optimizer.warm_start([])
     with pytest.raises(RuntimeError, match="saw no forward pass"):
         optimizer.warm_start(_runs_nothing(model))
-    with pytest.raises(ValueError, match=r"'0' \(Linear\) has no H_A, because A is not finite"):
+    with pytest.raises(
+        ValueError, match=r"'0' \(Linear\) has no H_A, because the matrix to invert is not finite"
+    ):
         optimizer.warm_start([torch.full((3, 5), math.nan)])
     assert not optimizer.state
     with pytest.raises(ValueError, match="a parameter group cannot be added"):

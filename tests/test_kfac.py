@@ -89,6 +89,7 @@ UNKNOWN = [
     lambda output, target: F.cross_entropy(output, target),
     nn.CrossEntropyLoss(label_smoothing=0.1),
     nn.CrossEntropyLoss(reduction="sum"),
+    nn.CrossEntropyLoss(ignore_index=0),
     nn.MSELoss(reduction="sum"),
     nn.L1Loss(),
 ]
@@ -118,7 +119,9 @@ def test_wrong_closures_and_batches():
         kfqn.KFAC(deep).warm_start(
             [kfqn.closure(deep, torch.randn(2, 2, 4, 4), torch.zeros(2, 4, 4).long(), F.cross_entropy)]
         )
-    with pytest.raises(ValueError, match=r"'0' \(Linear\) has no H_Ω, because A is not finite"):
+    with pytest.raises(
+        ValueError, match=r"'0' \(Linear\) has no H_Ω, because the matrix to invert is not finite"
+    ):
         optimizer.warm_start(
             [kfqn.closure(model, x * math.nan, target, F.mse_loss, sample=lambda o, _: o * 0)]
         )
@@ -228,6 +231,63 @@ def test_averaged_weights_take_the_place_of_the_weights_and_give_it_back():
     plain = kfqn.KFAC(mlp())
     with plain.averaged():
         pass
+
+
+def test_a_second_moment_that_is_not_finite_is_left_out(monkeypatch):
+    model, data = mlp(), batches((5,), 4)
+    optimizer = kfqn.KFAC(model, inverse_interval=1)
+    steps(optimizer, model, data[:2])
+    state = optimizer.state[model[0].weight]
+    before = {key: state[key].clone() for key in ("Gamma", "H_Gamma")}
+    whole = kfqn.kfac.second_moment_of_gradient
+    monkeypatch.setattr(kfqn.kfac, "second_moment_of_gradient", lambda g: whole(g) * math.inf)
+    steps(optimizer, model, data[2:3])
+    assert torch.equal(state["Gamma"], before["Gamma"])
+    monkeypatch.setattr(kfqn.kfac, "second_moment_of_gradient", whole)
+    steps(optimizer, model, data[3:])
+    assert state["H_Gamma"].isfinite().all()
+    assert not torch.equal(state["H_Gamma"], before["H_Gamma"])
+
+
+def test_a_layer_that_is_not_in_the_batch_of_the_inversion_is_inverted_too():
+    model = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+    optimizer = kfqn.KFAC(model, inverse_interval=2)
+    data = batches((5,), 6)
+    starts = []
+    for k, (x, y) in enumerate(data):
+        head = model[1 - k % 2]  # the second head at k = 1, 3, 5; inversions are at 2, 4, 6
+        optimizer.step(kfqn.closure(head, x, y, F.cross_entropy))
+        starts.append(optimizer.state[model[1].weight]["H_Omega"].clone())
+    assert torch.equal(starts[1], starts[2])
+    assert not torch.equal(starts[2], starts[3])
+
+
+def test_averaging_can_begin_and_end_on_the_way():
+    model, data = mlp(), batches((5,), 6)
+    optimizer = kfqn.KFAC(model)
+    steps(optimizer, model, data[:2])
+    optimizer.param_groups[0]["averaging"] = 0.5
+    steps(optimizer, model, data[2:4])
+    own = parameters_of(model)
+    with optimizer.averaged():
+        assert not torch.equal(parameters_of(model), own)
+    optimizer.param_groups[0]["averaging"] = 0.0
+    with optimizer.averaged():
+        assert torch.equal(parameters_of(model), own)
+
+
+def test_a_layer_without_gradient_from_sampled_targets_is_named():
+    model, ((x, y),) = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), batches((5,), 1)
+
+    passes = []
+
+    def forward(inputs):
+        passes.append(1)
+        return model[1](model[0](inputs) if len(passes) == 1 else torch.ones(len(inputs), 4))
+
+    model.forward = forward
+    with pytest.raises(RuntimeError, match=r"'0' \(Linear\) got a gradient from the loss but none with"):
+        kfqn.KFAC(model).step(kfqn.closure(model, x, y, F.cross_entropy))
 
 
 def test_a_factor_that_is_not_finite_keeps_its_last_inverse():

@@ -51,12 +51,12 @@ def test_figure_3_sweeps_first_and_shows_every_damping_with_its_best_rate(data, 
     command = ["figure", 3, "--problem", "cifar10-allcnn", "--coarse", *TOY]
     result = kfqn(*command, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "no sweep of kfbfgs, sgd" in result.stdout
-    points = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]["points"]
+    assert "no complete sweep of kfbfgs, sgd" in result.stdout
+    entries = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]
     for damping in (1, 10, 100):
         scores = {
             p["lr"]: p["average_loss"]
-            for p in points["kfbfgs"]
+            for p in entries["kfbfgs"]["points"]
             if p["damping"] == damping and p["average_loss"] is not None
         }
         assert f"KF-BFGS (lr {min(scores, key=scores.get):g}, damping {damping})" in result.stdout
@@ -69,7 +69,7 @@ def test_figure_4_goes_by_test_error(data, tmp_path):
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "cifar100-vgg16" / "sweep.json").read_text())
     assert set(saved) == {"cifar100-vgg16 by test error"}
-    assert saved["cifar100-vgg16 by test error"]["problem"]["by"] == "test_error"
+    assert {entry["by"] for entry in saved["cifar100-vgg16 by test error"].values()} == {"test_error"}
     assert is_png(tmp_path / "figure-4.png")
 
 
@@ -77,8 +77,9 @@ def test_table_3_prints_ours_beside_the_papers(data, tmp_path):
     command = ["table", 3, "--problem", "cifar10-allcnn", "--optimizers", "sgd", "--coarse", *TOY]
     result = kfqn(*command, "--data-dir", data, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]["best"]
-    assert f"({10 * found['sgd']['lr']:g}) / (0.1)" in result.stdout
+    entries = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]
+    assert f"({10 * entries['sgd']['best']['lr']:g}) / (0.1)" in result.stdout
+    assert "cifar10-allcnn, SGD-m: 1 epochs, width 2, 256 images, every second lr" in result.stdout
 
 
 @pytest.mark.parametrize(("number", "orders"), [(1, STORAGE), (2, COMPUTATION)])
@@ -146,6 +147,7 @@ def test_wrong_use(data, tmp_path):
         kfqn("figure", 1, "--problem", "digits"),
         "Figure 1 does not show digits: choose from cifar10-allcnn, cifar10-vgg16",
     )
+    one_line(kfqn("figure", 3, "--optimizers", "kfac"), "Figure 3 always shows KF-BFGS and SGD-m")
     one_line(kfqn("figure", 1, "--budget", "0"), "must be a number of seconds > 0, got '0'")
     one_line(kfqn("figure", 1, "--data-dir", tmp_path), f"no CIFAR-10 in {tmp_path}")
     one_line(kfqn("figure", 1, "--train-size", 5), "--train-size must be at least one batch, 256 here")

@@ -15,9 +15,9 @@ from lab import BATCH, config, kfqn, one_line
 from rich.console import Console
 
 from kfqn.race import entrants, grids, problems, train, workers
-from kfqn.race.plan import Search
+from kfqn.race.plan import Scale, Search
 from kfqn.race.runs import Run
-from kfqn.race.sweep import best, outcome, points_of, scores_of
+from kfqn.race.sweep import best, complete, points_of, save, scores_of, sweep
 from kfqn.race.watch import live_view
 
 SMALL = ["--width", 2, "--train-size", BATCH, "--eval-size", 50, "--jobs", 1]
@@ -41,7 +41,9 @@ def test_table_3_lies_on_the_printed_ranges(problem):
         assert all(value in grids.PRINTED[name][key] for key, value in settings.items())
         assert grids.in_torch(name, settings) in grids.grid(problem, name)
         assert grids.in_print(name, grids.in_torch(name, settings)) == settings
-        assert entrants.best_settings(problem, name, Path("none")) == grids.in_torch(name, settings)
+        found, source = entrants.best_settings(problem, name, Path("none"))
+        assert found == grids.in_torch(name, settings)
+        assert source == "the paper's Table 3"
 
 
 def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
@@ -65,16 +67,75 @@ def test_the_best_of_a_sweep_is_the_lowest_that_finished(tmp_path):
     runs = [
         finished(tmp_path, loss, status, settings={"lr": lr, "damping": 1.0}) for lr, loss, status in cases
     ]
+    points = points_of(runs)["kfbfgs"]
     for by, lr in (("train_loss", 1.0), ("average_loss", 1.0), ("test_error", 0.1)):
-        result = outcome(points_of(runs), runs, Search(by, halving=False, thinned=(), seeds=1))
-        assert result["best"] == {"kfbfgs": {"lr": lr, "damping": 1.0}}
-    assert [point["train_loss"] for point in result["points"]["kfbfgs"]] == [0.5, 0.2, None]
-    assert [point["status"] for point in result["points"]["kfbfgs"]] == ["finished", "finished", "diverged"]
+        assert best("kfbfgs", points, by) == {"lr": lr, "damping": 1.0}
+    assert [point["train_loss"] for point in points] == [0.5, 0.2, None]
+    assert [point["status"] for point in points] == ["finished", "finished", "diverged"]
+    assert complete({"points": points})
+    assert not complete({"points": [*points, points[0] | {"status": "failed"}]})
+
+
+WHOLE = Scale(epochs=9, budget=None, width=4, train_size=600, evaluated=50, device="cpu", jobs=1)
+
+
+def fake_runs(folder, losses, epochs=lambda settings: 1):
+    """What `sweep` asks to be run, written by hand: lr -> loss, None for diverged."""
+    asked = []
+
+    def do(field, scale):
+        asked.append((scale.epochs, [settings["lr"] for _, settings in field]))
+        runs = []
+        for _, settings in field:
+            loss = losses[settings["lr"]]
+            values = {"entrant": "sgd", "settings": dict(settings), "epochs": scale.epochs}
+            status = "finished" if loss is not None else "diverged"
+            runs.append(finished(folder, loss or 9.0, status, epochs(settings), **values))
+        return runs
+
+    return do, asked
+
+
+def test_halving_promotes_the_best_third_and_survives_a_field_that_is_lost(tmp_path):
+    losses = {float(k): k / 10 for k in range(1, 10)}
+    field = [("sgd", {"lr": lr}) for lr in losses]
+    search = Search("train_loss", halving=True, thinned=(), seeds=1)
+    do, asked = fake_runs(tmp_path / "a", losses)
+    entries, runs = sweep(field, WHOLE, search, do)
+    assert asked == [(1, [*losses]), (3, [1.0, 2.0, 3.0]), (9, [1.0])]
+    assert len(runs) == 13
+    assert entries["sgd"]["best"] == {"lr": 1.0}
+    assert entries["sgd"]["scale"]["epochs"] == 9
+    assert len(entries["sgd"]["points"]) == 9
+
+    do, asked = fake_runs(tmp_path / "b", dict.fromkeys(losses))
+    entries, _ = sweep(field, WHOLE, search, do)
+    assert asked == [(1, [*losses])]
+    assert entries["sgd"]["best"] is None
+    assert complete(entries["sgd"])
+
+
+def test_under_a_budget_the_lowest_wins_not_the_run_with_the_most_epochs(tmp_path):
+    do, _ = fake_runs(tmp_path, {0.1: 0.9, 0.01: 0.1}, epochs=lambda s: 38 if s["lr"] == 0.1 else 37)
+    search = Search("train_loss", halving=False, thinned=(), seeds=1)
+    entries, _ = sweep([("sgd", {"lr": lr}) for lr in (0.1, 0.01)], WHOLE, search, do)
+    assert entries["sgd"]["best"] == {"lr": 0.01}
+
+
+def test_a_sweep_file_keeps_what_other_sweeps_found(tmp_path):
+    path = tmp_path / "sweep.json"
+    save({"sgd": {"scale": {"epochs": 1}, "points": [1]}}, "digits", path)
+    save({"adam": {"scale": {"epochs": 40}, "points": [2]}}, "digits", path)
+    save({"sgd": {"scale": {"epochs": 2}, "points": [3]}}, "cifar10-allcnn", path)
+    save({"sgd": {"scale": {"epochs": 3}, "points": [4]}}, "digits", path)
+    known = json.loads(path.read_text(encoding="utf-8"))
+    assert {name: entry["points"] for name, entry in known["digits"].items()} == {"sgd": [4], "adam": [2]}
+    assert known["cifar10-allcnn"]["sgd"]["points"] == [3]
 
 
 def test_means_over_seeds_decide_and_a_lost_seed_loses():
     points = [
-        {"lr": lr, "seed": seed, "status": "finished", "epochs": 1, "train_loss": loss}
+        {"lr": lr, "seed": seed, "status": "finished", "share": 1.0, "train_loss": loss}
         for lr, losses in ((0.1, (0.5, 0.5)), (1.0, (0.1, None)), (3.0, (0.2, 0.6)))
         for seed, loss in enumerate(losses)
     ]
@@ -88,23 +149,23 @@ def test_a_sweep_from_the_command_line(tmp_path):
         result = kfqn("sweep", "--optimizers", name, *common)
         assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
-    assert set(saved["best"]) == {"adam", "sgd"}  # the second sweep has not replaced the first
-    assert saved["problem"]["by"] == "average_loss"
     for name in ("adam", "sgd"):
-        points = grids.grid("digits", name)
-        assert [{key: p[key] for key in points[0]} for p in saved["points"][name]] == points
-        assert saved["best"][name] in points
+        points, entry = grids.grid("digits", name), saved[name]
+        assert [{key: p[key] for key in points[0]} for p in entry["points"]] == points
+        assert entry["best"] in points
+        assert entry["by"] == "average_loss"
 
 
 def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     result = kfqn("sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", *SMALL, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["digits"]
-    points = saved["points"]["sgd"]
-    assert sorted(p["epochs"] for p in points) == [1] * 13 + [3] * 4 + [9] * 3
-    longest = [p for p in points if p["epochs"] == 9]
-    assert saved["best"]["sgd"]["lr"] == min(longest, key=lambda p: p["average_loss"])["lr"]
-    assert saved["search"]["sgd"] == {"halving": True, "coarse": []}
+    points = saved["sgd"]["points"]
+    assert sorted(p["share"] for p in points) == [1 / 9] * 13 + [1 / 3] * 4 + [1.0] * 3
+    longest = [p for p in points if p["share"] == 1.0]
+    assert saved["sgd"]["best"]["lr"] == min(longest, key=lambda p: p["average_loss"])["lr"]
+    assert saved["sgd"]["halving"]
+    assert saved["sgd"]["coarse"] == []
     one_line(
         kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
         "--halving starts with a ninth of the length, so --epochs must be at least 9",
@@ -167,8 +228,7 @@ def test_two_workers_on_one_sweep_do_each_point_once(tmp_path):
 
 def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
     finished(tmp_path, 0.25, settings={"lr": 3.0, "damping": 1.0})
-    lost = finished(tmp_path, 0.01, "diverged", settings={"lr": 30.0, "damping": 1.0})
-    lost.write([{"status": "diverged", "reason": ""}])
+    finished(tmp_path, 0.01, "diverged", settings={"lr": 30.0, "damping": 1.0})
     Run.create(tmp_path, config(settings={"lr": 10.0, "damping": 1.0})).show_progress(0.5)
     Run.create(tmp_path, config(settings={"lr": 20.0, "damping": 1.0}))
     runs = [Run(folder) for folder in sorted(tmp_path.iterdir())]
@@ -183,14 +243,14 @@ def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
 def test_the_committed_settings_are_the_best_of_the_committed_grid():
     """tuned.json holds outcome and choice; they must agree with each other and with the grid in the code."""
     sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
-    assert set(sweeps["digits"]["best"]) == set(entrants.ENTRANTS)
-    for name, sweep in sweeps.items():
+    assert set(sweeps["digits"]) == set(entrants.ENTRANTS)
+    for name, entries in sweeps.items():
         problem = problems.PROBLEMS[name]
-        for key in ("width", "batch_size", "epochs", "weight_decay"):
-            assert sweep["problem"][key] == getattr(problem, key)
-        for entrant, chosen in sweep["best"].items():
-            grid, points = grids.grid(name, entrant), sweep["points"][entrant]
-            tried = [{key: p[key] for key in grid[0]} for p in points]
+        for entrant, entry in entries.items():
+            for key in ("width", "batch_size", "epochs", "weight_decay"):
+                assert entry["scale"][key] == getattr(problem, key)
+            grid = grids.grid(name, entrant)
+            tried = [{key: p[key] for key in grid[0]} for p in entry["points"]]
             assert all(point in grid for point in tried)
             assert all(tried.count(point) == 2 for point in grid)  # two seeds each
-            assert best(entrant, points, sweep["problem"]["by"]) == chosen
+            assert best(entrant, entry["points"], entry["by"]) == entry["best"]

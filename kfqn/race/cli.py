@@ -124,7 +124,7 @@ def add_paper(command: argparse.ArgumentParser) -> None:
         help="default: those the paper shows there",
     )
     command.add_argument(
-        "--optimizers", nargs="+", choices=ENTRANTS, default=list(ENTRANTS), help="default: all"
+        "--optimizers", nargs="+", choices=ENTRANTS, help="default: those the paper shows there"
     )
     command.add_argument(
         "--out", type=Path, help="output folder, which holds one folder a problem (default: runs)"
@@ -229,6 +229,6 @@ def entrant(text: str) -> tuple[str, Settings | None]:
         settings = {key: float(value) for key, _, value in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{rest!r} is not of the form key=number,key=number") from None
-    if not all(0 < value < math.inf for value in settings.values()):
+    if not all(math.isfinite(v) and (v > 0 or key in options) for key, v in settings.items()):
         raise argparse.ArgumentTypeError(f"settings must be > 0 and finite, got {rest!r}")
     return name, {key: settings[key] for key in (*tuned, *options) if key in settings}

@@ -15,7 +15,7 @@ def race(options: argparse.Namespace) -> int:
     """Train the field with every seed and report who is ahead."""
     problem, out = PROBLEMS[options.problem], output_folder(options)
     field = [
-        (name, settings or best_settings(problem.name, name, out / "sweep.json"))
+        (name, settings or best_settings(problem.name, name, out / "sweep.json")[0])
         for name, settings in options.optimizers
     ]
     scale = scale_of(options, problem)
@@ -33,9 +33,9 @@ def sweep(options: argparse.Namespace) -> int:
     search = search_of(options, scale, options.by, options.seeds)
     sweeping.load(path)
     shop = open_workshop(options, [problem], out)
-    result, runs = shop.tune(problem, options.optimizers, scale, search)
-    result = sweeping.save(result, sweeping.key(problem.name, search.by), path)
-    sweeping.print_outcome(result, shop.console)
+    entries, runs = shop.tune(problem, options.optimizers, scale, search)
+    sweeping.save(entries, sweeping.key(problem.name, search.by), path)
+    sweeping.print_entries(entries, shop.console)
     shop.console.print(f"saved to {path}", highlight=False, soft_wrap=True)
     return exit_status(runs)
 

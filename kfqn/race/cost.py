@@ -116,8 +116,12 @@ def computation(
         for name, optimizer in optimizers.items():
             by_phase = {phase: found.get(f"{name} {phase}", 0.0) for phase in PHASES}
             if isinstance(optimizer, kfqn.KFAC):  # amortised over T steps
-                by_phase["curvature"] += found[f"{name} inversion"] / optimizer.defaults["inverse_interval"]
+                inversion = found[f"{name} inversion"] / optimizer.defaults["inverse_interval"]
+                by_phase |= {"curvature": by_phase["curvature"] + inversion, "inversion": inversion}
             seconds[name].append(by_phase)
+    for name, optimizer in optimizers.items():
+        if isinstance(optimizer, kfqn.KFAC):  # a median of whole steps never sees an inversion
+            iteration[name] += sum(layer["inversion"] for layer in seconds[name])
     return [
         Cost(name, [], seconds[name], iteration[name], iteration[name] / iteration["sgd"]) for name in names
     ]
@@ -191,7 +195,7 @@ def second_pass_of(sight: Sight) -> None:
 
 @torch.no_grad()
 def _learn_two_pass(optimizer: TwoPassOptimizer, sight: Sight) -> None:
-    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups
+    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups[:1]
     optimizer._learn_A(sight.layer, sight.a, state, group)
     dh, dDh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
     optimizer._learn_G(dh, dDh, state, group)
@@ -199,14 +203,14 @@ def _learn_two_pass(optimizer: TwoPassOptimizer, sight: Sight) -> None:
 
 @torch.no_grad()
 def _learn_kfac(optimizer: "kfqn.KFAC", sight: Sight) -> None:
-    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups
+    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups[:1]
     optimizer._learn_A(sight.layer, sight.a, state, group)
     state["Gamma"].lerp_(second_moment_of_gradient(sight.gradient), 1 - group["beta"])
 
 
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
-    DW, (group,) = layer.DW(), optimizer.param_groups
+    DW, (group,) = layer.DW(), optimizer.param_groups[:1]
     assert DW is not None
     for _, P in optimizer._directions({layer: DW}, group):
         layer.add_(P, alpha=0.0)

@@ -86,27 +86,37 @@ ENTRANTS: Mapping[str, Entrant] = {
 }
 
 
-def best_settings(problem: str, entrant: str, sweep: Path) -> Settings:
-    """The settings an entrant races with unless told otherwise.
+def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, str]:
+    """The settings an entrant races with unless told otherwise, and where they come from.
 
     From ``sweep``, a file of `kfqn sweep`, if it is there; else from the sweep committed in
     ``tuned.json``; else from the paper. Raises Failure if none of them knows the entrant.
     """
     committed = resources.files("kfqn.race").joinpath("tuned.json")
-    texts = [file.read_text(encoding="utf-8") for file in (sweep, committed) if file.is_file()]
-    try:
-        found = [json.loads(text).get(problem, {}).get("best", {}) for text in texts]
-    except ValueError as error:
-        raise Failure(
-            f"{sweep} is damaged ({error}): delete it, or choose another folder with --out."
-        ) from error
-    for best in found:
-        if entrant in best:
-            return dict(best[entrant])
+    for file, source in ((sweep, str(sweep)), (committed, "the package's own sweep")):
+        if file.is_file():
+            try:
+                entry = json.loads(file.read_text(encoding="utf-8")).get(problem, {}).get(entrant)
+            except ValueError as error:
+                raise Failure(
+                    f"{sweep} is damaged ({error}): delete it, or choose another folder with --out."
+                ) from error
+            if entry and entry["best"]:
+                return dict(entry["best"]), source
     if entrant in TABLE_3.get(problem, {}):
-        return in_torch(entrant, TABLE_3[problem][entrant])
+        return in_torch(entrant, TABLE_3[problem][entrant]), "the paper's Table 3"
     raise Failure(
         f"no settings are known for {entrant} on {problem}: give them, as in --optimizers "
         f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].tuned)}, or run 'kfqn sweep "
         f"--problem {problem}' with the same --out first."
     )
+
+
+def check_settings(entrant: str, settings: Settings) -> None:
+    """Failure for settings that the optimizer refuses, before anything is trained with them."""
+    from torch import nn
+
+    try:
+        ENTRANTS[entrant].build(nn.Linear(1, 1), settings, 0.0)
+    except ValueError as error:
+        raise Failure(f"{entrant} cannot run with these settings: {error}") from error

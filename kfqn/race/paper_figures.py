@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -16,8 +15,8 @@ from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import ENTRANTS, best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.figure import draw
-from kfqn.race.grids import FIGURE_3_DAMPING
-from kfqn.race.plan import Field, Scale
+from kfqn.race.grids import FIGURE_3_DAMPING, Settings
+from kfqn.race.plan import Scale
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.report import conditions_of, losses_of, print_table, standings_of, title_of, verdict
 from kfqn.race.runs import Run
@@ -48,6 +47,15 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
+class Choice:
+    """An optimizer of a figure with its settings, and where they come from."""
+
+    name: str
+    settings: Settings
+    source: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One problem of a figure or of Table 3: its scale, and a workshop in a folder of its own."""
 
@@ -61,25 +69,26 @@ class Experiment:
         """Where sweeps of this problem are kept."""
         return self.shop.out / "sweep.json"
 
-    def points(self, names: Sequence[str], by: str) -> dict[str, list[sweeping.Point]]:
-        """The points of a sweep of these optimizers, which is done now if it has not been."""
+    def entries(self, names: Sequence[str], by: str) -> dict[str, sweeping.Entry]:
+        """The sweeps of these optimizers; one that is missing or not complete is done now."""
         key = sweeping.key(self.problem.name, by)
-        known = sweeping.load(self.sweep_file).get(key, {}).get("points", {})
-        missing = [name for name in names if name not in known]
+        known = sweeping.load(self.sweep_file).get(key, {})
+        missing = [name for name in names if name not in known or not sweeping.complete(known[name])]
         if missing:
             self.shop.console.print(
-                f"{key}: no sweep of {', '.join(missing)} in {self.sweep_file}; running it",
+                f"{key}: no complete sweep of {', '.join(missing)} in {self.sweep_file}; running it",
                 highlight=False,
                 soft_wrap=True,
             )
             search = search_of(self.options, self.scale, by)
-            result, _ = self.shop.tune(self.problem, missing, self.scale, search)
-            known = known | sweeping.save(result, key, self.sweep_file)["points"]
+            new, _ = self.shop.tune(self.problem, missing, self.scale, search)
+            sweeping.save(new, key, self.sweep_file)
+            known = known | new
         return {name: known[name] for name in names}
 
-    def run(self, field: Field, seeds: int) -> list[Run]:
-        """The runs of a field: said first, then done if they are missing."""
-        scale, count = self.scale, len(field) * seeds
+    def run(self, choices: Sequence[Choice], seeds: int) -> list[Run]:
+        """The runs of these choices: said first, then done if they are missing."""
+        scale, count = self.scale, len(choices) * seeds
         limits = [_counted(scale.epochs, "epoch")] if scale.epochs else []
         limits += [f"{scale.budget:g} CPU seconds"] if scale.budget else []
         self.shop.console.print(
@@ -87,20 +96,19 @@ class Experiment:
             f"{scale.jobs} at a time"
         )
         plan = Table(box=None, header_style="dim", pad_edge=False)
-        for heading in ("optimizer", "settings", "seeds"):
+        for heading in ("optimizer", "settings", "from", "seeds"):
             plan.add_column(heading)
-        for name, settings in field:
-            values = ", ".join(f"{key} {value:g}" for key, value in settings.items())
-            plan.add_row(ENTRANTS[name].label, values, str(seeds))
+        for choice in choices:
+            values = ", ".join(f"{key} {value:g}" for key, value in choice.settings.items())
+            plan.add_row(ENTRANTS[choice.name].label, values, choice.source, str(seeds))
         self.shop.console.print(plan)
+        field = [(choice.name, choice.settings) for choice in choices]
         return self.shop.run(self.problem, field, seeds, scale, PAPER.loss)
 
 
 def experiments(options: argparse.Namespace, problems: Sequence[Problem]) -> list[Experiment]:
     """Ready to train on these problems; Failure for data that is not there or a scale that cannot be."""
     scales = [paper_scale(options, problem) for problem in problems]
-    for scale in scales:
-        search_of(options, scale, PAPER.loss)
     shop = open_workshop(options, problems, options.out or Path("runs"))
     return [
         Experiment(options, problem, scale, replace(shop, out=shop.out / problem.name))
@@ -130,15 +138,20 @@ def figure(options: argparse.Namespace) -> int:
                 f"Figure {options.number} does not show {problem.name}: choose from "
                 f"{', '.join(spec.problems)}, or use 'kfqn race' for any problem."
             )
+    if options.number == 3 and options.optimizers:
+        raise Failure("Figure 3 always shows KF-BFGS and SGD-m: leave --optimizers out.")
     of_all = experiments(options, problems)
-    runs = [experiment.run(_field(experiment), options.seeds) for experiment in of_all]
+    if options.number in (3, 4):
+        for experiment in of_all:
+            search_of(options, experiment.scale, PAPER.loss)  # what is wrong with it is said before any run
+    runs = [experiment.run(_choices(experiment), options.seeds) for experiment in of_all]
     console, path = of_all[0].shop.console, (options.out or Path("runs")) / f"figure-{options.number}.png"
     blocks = [(title_of(of), standings_of(of, PAPER)) for of in runs]
     draw(blocks, spec.title, path)
     for heading, standings in blocks:
         table = rows(standings)
-        print_table(table, heading, console)
-        console.print(verdict(table, common_target(standings)))
+        print_table(table, heading, console, PAPER)
+        console.print(verdict(table, common_target(standings), PAPER))
     everything = [run for of in runs for run in of]
     for name, reason, _ in losses_of(everything):
         console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
@@ -148,32 +161,34 @@ def figure(options: argparse.Namespace) -> int:
     return exit_status(everything)
 
 
-def _field(experiment: Experiment) -> Field:
+def _choices(experiment: Experiment) -> list[Choice]:
     """The optimizers of the figure on a problem, with their settings."""
     options, problem = experiment.options, experiment.problem
+    names = options.optimizers or list(ENTRANTS)
     if options.number == 3:
         return _dampings(experiment)
     if options.number == 4:
-        points = experiment.points(options.optimizers, "test_error")
-        return [(name, _best(experiment, name, points[name], "test_error")) for name in options.optimizers]
-    return [(name, best_settings(problem.name, name, experiment.sweep_file)) for name in options.optimizers]
+        entries = experiment.entries(names, "test_error")
+        return [_best(experiment, name, entries[name]) for name in names]
+    return [Choice(name, *best_settings(problem.name, name, experiment.sweep_file)) for name in names]
 
 
-def _dampings(experiment: Experiment) -> Field:
+def _dampings(experiment: Experiment) -> list[Choice]:
     """KF-BFGS with every damping of Figure 3 that was swept and its best learning rate, and SGD-m."""
-    points = experiment.points(["kfbfgs", "sgd"], PAPER.loss)
+    entries = experiment.entries(["kfbfgs", "sgd"], PAPER.loss)
+    entry = entries["kfbfgs"]
     found = [
-        sweeping.best("kfbfgs", points["kfbfgs"], PAPER.loss, damping=damping) for damping in FIGURE_3_DAMPING
+        sweeping.best("kfbfgs", entry["points"], PAPER.loss, damping=damping) for damping in FIGURE_3_DAMPING
     ]
-    sgd = _best(experiment, "sgd", points["sgd"], PAPER.loss)
-    return [*(("kfbfgs", settings) for settings in found if settings), ("sgd", sgd)]
+    source = f"sweep: {sweeping.told(entry)}"
+    ours = [Choice("kfbfgs", settings, source) for settings in found if settings]
+    return [*ours, _best(experiment, "sgd", entries["sgd"])]
 
 
-def _best(experiment: Experiment, name: str, points: Sequence[sweeping.Point], by: str) -> dict[str, Any]:
-    settings = sweeping.best(name, points, by)
-    if settings is None:
+def _best(experiment: Experiment, name: str, entry: sweeping.Entry) -> Choice:
+    if entry["best"] is None:
         raise Failure(
             f"the sweep of {name} on {experiment.problem.name} has no point that finished: sweep again, with "
             "more epochs or without --coarse."
         )
-    return settings
+    return Choice(name, entry["best"], f"sweep: {sweeping.told(entry)}")

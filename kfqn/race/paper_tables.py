@@ -19,7 +19,7 @@ from kfqn.race.paper_figures import experiments
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.summary import PAPER
 from kfqn.race.train import conditions_of
-from kfqn.race.workshop import scale_of, terminal
+from kfqn.race.workshop import check_device, search_of, terminal
 
 STORAGE = {  # Table 1 as printed, and SGD-m, which it leaves out
     "kfbfgs": {"DW": "IJ|Δ|", "A": "J²|Δ|²", "G": "I²"},
@@ -54,17 +54,17 @@ def table(options: argparse.Namespace) -> int:
     """``kfqn table``."""
     if options.number == 3:
         return best_values(options)
-    console = terminal()
+    console, names = terminal(), options.optimizers or list(ENTRANTS)
+    check_device(options.device)
     for problem in (PROBLEMS[name] for name in options.problem or ["cifar10-allcnn", "cifar10-vgg16"]):
-        scale_of(options, problem)
         batch = 2 if options.number == 1 else options.batch_size
         model, closure = model_and_batch(problem, options, batch)
         shapes = [shape(sight) for sight in sights(model, closure)]
         title = f"{problem.title} of width {options.width or problem.width}"
         if options.number == 1:
-            print_storage(storage(model, options.optimizers, closure), shapes, title, console)
+            print_storage(storage(model, names, closure), shapes, title, console)
         else:
-            costs = computation(model, options.optimizers, closure, REPEATS, _waiter(options.device))
+            costs = computation(model, names, closure, REPEATS, _waiter(options.device))
             print_computation(costs, shapes, f"{title}, m = {batch}", console)
     conditions = conditions_of(torch.device(options.device)) | {"threads": str(torch.get_num_threads())}
     for key, value in conditions.items():
@@ -85,7 +85,7 @@ def _waiter(device: str) -> Callable[[], None]:
     """What waits until a device has done all it was given."""
     if device == "cpu":
         return lambda: None
-    return lambda: torch.get_device_module(device).synchronize()
+    return lambda: torch.get_device_module(device).synchronize(device)
 
 
 def print_storage(costs: Sequence[Cost], shapes: Sequence[Shape], title: str, console: Console) -> None:
@@ -157,16 +157,22 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def best_values(options: argparse.Namespace) -> int:
     """Table 3: the best settings of a sweep here beside those the paper found, in its convention."""
     problems = [PROBLEMS[name] for name in options.problem or TABLE_3]
+    names = options.optimizers or list(ENTRANTS)
     of_all = experiments(options, problems)
-    view = _table("Table 3. Best (learning rate, damping): here / paper", ["problem", *_labels(options)])
     for experiment in of_all:
-        problem, points = experiment.problem, experiment.points(options.optimizers, PAPER.loss)
+        search_of(options, experiment.scale, PAPER.loss)
+    headings = ["problem", *(ENTRANTS[name].label for name in names)]
+    view = _table("Table 3. Best (learning rate, damping): here / paper", headings)
+    complete, tuned = True, []
+    for experiment in of_all:
+        problem, entries = experiment.problem, experiment.entries(names, PAPER.loss)
         cells = []
-        for name in options.optimizers:
-            found = sweeping.best(name, points[name], PAPER.loss)
-            printed = TABLE_3.get(problem.name, {}).get(name)
+        for name, entry in entries.items():
+            found, printed = entry["best"], TABLE_3.get(problem.name, {}).get(name)
             ours = _values(name, in_print(name, found)) if found else "none finished"
             cells.append(f"{ours} / {_values(name, printed) if printed else '–'}")
+            complete = complete and sweeping.complete(entry)
+            tuned.append(f"{problem.name}, {ENTRANTS[name].label}: {sweeping.told(entry)}")
         view.add_row(problem.title, *cells)
     console = of_all[0].shop.console
     console.print(view)
@@ -175,11 +181,9 @@ def best_values(options: argparse.Namespace) -> int:
         "is ε.",
         style="dim",
     )
-    return 0
-
-
-def _labels(options: argparse.Namespace) -> list[str]:
-    return [ENTRANTS[name].label for name in options.optimizers]
+    for line in tuned:
+        console.print(f"tuned at: {line}", style="dim", highlight=False)
+    return 0 if complete else 1
 
 
 def _values(name: str, settings: Settings) -> str:

@@ -27,8 +27,8 @@ class Scale:
 
     @property
     def threads(self) -> int:
-        """Intra-op threads of a run: parallel runs get one each."""
-        return 1 if self.jobs > 1 else os.cpu_count() or 1
+        """Intra-op threads of a run: one, unless it has the CPU to itself."""
+        return os.cpu_count() or 1 if self.jobs == 1 and self.device == "cpu" else 1
 
 
 @dataclass(frozen=True)

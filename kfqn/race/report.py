@@ -13,7 +13,7 @@ from rich.table import Table
 from kfqn.race.figure import draw
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Run, write_atomically
-from kfqn.race.summary import HEADINGS, RACE, Measure, Row, Standing, common_target, rows
+from kfqn.race.summary import RACE, Measure, Row, Standing, common_target, headings, rows
 
 EXPLANATION = (
     "Means over the seeds, ± the standard error. Training loss: of the final weights, over the training "
@@ -35,17 +35,17 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "."), autoescape=True)
     html = page.get_template("report.html.jinja").render(
         title=title,
-        verdict=verdict(table, common_target(standings)),
+        verdict=verdict(table, common_target(standings), RACE),
         figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
-        headings=astuple(HEADINGS),
+        headings=astuple(headings(RACE)),
         rows=[astuple(row) for row in table],
         explanation=EXPLANATION,
         losses=losses_of(runs),
         conditions=conditions_of(runs),
     )
     write_atomically(out / "race.html", html)
-    print_table(table, title, console)
-    console.print(verdict(table, common_target(standings)))
+    print_table(table, title, console, RACE)
+    console.print(verdict(table, common_target(standings), RACE))
     for name, reason, _ in losses_of(runs):
         console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
@@ -71,16 +71,17 @@ def title_of(runs: Sequence[Run]) -> str:
     return ", ".join([*parts, f"{seeds} seed{'s' if seeds > 1 else ''}"])
 
 
-def verdict(table: Sequence[Row], target: float) -> str:
+def verdict(table: Sequence[Row], target: float, measure: Measure) -> str:
     """The race in one sentence."""
     done = [row for row in table if row.seconds_to_target != "–"]
     if not done:
         return "No run finished."
-    first = f"{done[0].label} was first at the common target, training loss {target:.3g}"
+    s = measure.second
+    first = f"{done[0].label} was first at the common target, {measure.loss_label} {target:.3g}"
     if len(done) == 1:
-        return f"{first}, after {done[0].seconds_to_target} s."
-    second = f"{done[1].label} after {done[1].seconds_to_target} s"
-    return f"{first}: after {done[0].seconds_to_target} s, before {second}."
+        return f"{first}, after {done[0].seconds_to_target} {s}."
+    second = f"{done[1].label} after {done[1].seconds_to_target} {s}"
+    return f"{first}: after {done[0].seconds_to_target} {s}, before {second}."
 
 
 def losses_of(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
@@ -103,6 +104,8 @@ def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
             "threads": str(config.threads),
             "seeds": str(config.seed),
             "epochs": str(config.epochs or "no limit"),
+            "CPU seconds": f"{config.budget:g}" if config.budget else "no limit",
+            "evaluated images": f"first {config.evaluated}",
             "weight decay": f"{config.weight_decay:g}",
         }
         for key, value in facts.items():
@@ -110,13 +113,13 @@ def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(key, ", ".join(values)) for key, values in merged.items()]
 
 
-def print_table(table: Sequence[Row], title: str, console: Console) -> None:
+def print_table(table: Sequence[Row], title: str, console: Console, measure: Measure) -> None:
     """The table, the winner first and bold."""
     view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
     shown = [f.name for f in fields(Row) if f.name != "lost" or any(row.lost != "–" for row in table)]
     for name in shown:
         justify: Literal["left", "right"] = "left" if name == "label" else "right"
-        view.add_column(getattr(HEADINGS, name), justify=justify, overflow="fold")
+        view.add_column(getattr(headings(measure), name), justify=justify, overflow="fold")
     for n, row in enumerate(table):
         view.add_row(*(getattr(row, name) for name in shown), style="bold" if n == 0 else None)
     console.print(view)

@@ -133,6 +133,11 @@ class Run:
         finally:
             lock.release()
 
+    def held(self) -> bool:
+        """Whether some process has claimed the run."""
+        with self.claimed() as ours:
+            return not ours
+
 
 def check_writable(folder: Path) -> None:
     """Make the folder if need be; Failure if nothing can be written there."""

@@ -21,10 +21,11 @@ class Measure:
     loss_label: str
     time: str
     time_label: str
+    second: str  # its unit in the table
 
 
-RACE = Measure("train_loss", "training loss", "seconds", "training time, s")
-PAPER = Measure("average_loss", "training loss, moving average", "cpu_seconds", "CPU time, s")
+RACE = Measure("train_loss", "training loss", "seconds", "training time, s", "s")
+PAPER = Measure("average_loss", "moving average of the loss", "cpu_seconds", "CPU time, s", "CPU s")
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,20 @@ class Row:
     lost: str
 
 
-HEADINGS = Row(
-    label="optimizer",
-    train_loss="training loss",
-    test_error="test error, %",
-    seconds="seconds",
-    seconds_per_epoch="s an epoch",
-    epochs_to_target="epochs to target",
-    seconds_to_target="s to target",
-    warm_start_seconds="warm start, s",
-    lost="lost runs",
-)
+def headings(measure: Measure) -> Row:
+    """The table's first line."""
+    s = measure.second
+    return Row(
+        label="optimizer",
+        train_loss=measure.loss_label,
+        test_error="test error, %",
+        seconds=s,
+        seconds_per_epoch=f"{s} an epoch",
+        epochs_to_target="epochs to target",
+        seconds_to_target=f"{s} to target",
+        warm_start_seconds="warm start, s",
+        lost="lost runs",
+    )
 
 
 def rows(standings: Sequence[Standing]) -> list[Row]:

@@ -6,6 +6,9 @@ seeds. A point that diverged is never best. Exact ties go to the first point of 
 
 With halving, every point is first run for a ninth of the length, the best third of each optimizer for
 a third, and the best third of those in full: a point's scores are those of its longest run.
+
+A sweep file holds one entry per problem and optimizer, with the scale it was tuned at; a new sweep
+of an optimizer replaces its entry and no other.
 """
 
 import json
@@ -15,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
@@ -25,55 +29,74 @@ from kfqn.race.plan import Field, Scale, Search
 from kfqn.race.runs import Run, check_writable, write_atomically
 
 CRITERIA = ("average_loss", "train_loss", "test_error")
-SHARE = 3  # of the points go on to runs so many times as long
+STEP = 3  # from rung to rung so many times the length, for one in so many points
 
-Point = dict[str, Any]  # settings, seed, status, epochs, and the lowest value of every criterion
-
-
+Point = dict[str, Any]  # settings, seed, status, share of the length, and the lowest value of every criterion
+Entry = dict[str, Any]  # what a sweep file holds of one optimizer on one problem
 Do = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
 
 
-def sweep(field: Field, scale: Scale, search: Search, do: Do) -> tuple[dict[str, list[Point]], list[Run]]:
-    """Run the field, in one go or by halving: the points of every optimizer, and the longest runs."""
-    lengths = [*_rungs(scale)] if search.halving else [scale]
-    points: dict[str, dict[str, Point]] = {}
-    for length in lengths:
-        runs = do(field, length)
-        reached = points_of(runs)
+def sweep(field: Field, scale: Scale, search: Search, do: Do) -> tuple[dict[str, Entry], list[Run]]:
+    """Run the field, in one go or by halving: the entry of every optimizer, and all the runs."""
+    points: dict[str, dict[str, Point]] = {name: {} for name, _ in field}
+    everything: list[Run] = []
+    for share in (1 / STEP**2, 1 / STEP, 1.0) if search.halving else (1.0,):
+        runs = do(field, _shortened(scale, share)) if field else []
+        everything += runs
+        reached = points_of(runs, share)
         for name, new in reached.items():
-            points.setdefault(name, {}).update({_identity(name, point): point for point in new})
-        if length is not lengths[-1]:
-            field = [(name, s) for name, new in reached.items() for s in _best_third(name, new, search.by)]
-    return {name: [*of.values()] for name, of in points.items()}, runs
+            points[name].update({_identity(name, point): point for point in new})
+        field = [(name, s) for name, new in reached.items() for s in _best_third(name, new, search.by)]
+    return {name: _entry(name, [*of.values()], everything, search) for name, of in points.items()}, everything
 
 
-def _rungs(scale: Scale) -> Iterator[Scale]:
-    """The scale at a ninth, at a third and at the whole of its length."""
-    for part in (SHARE**2, SHARE, 1):
-        yield replace(
-            scale,
-            epochs=scale.epochs and max(1, round(scale.epochs / part)),
-            budget=scale.budget and scale.budget / part,
-        )
+def _shortened(scale: Scale, share: float) -> Scale:
+    return replace(
+        scale,
+        epochs=scale.epochs and max(1, round(scale.epochs * share)),
+        budget=scale.budget and scale.budget * share,
+    )
 
 
-def _best_third(name: str, points: Sequence[Point], by: str) -> Sequence[Settings]:
+def _best_third(name: str, points: Sequence[Point], by: str) -> Iterator[Settings]:
     scores = scores_of(name, points, by)
-    finite = [settings for settings, score in scores if math.isfinite(score)]
-    return finite[: math.ceil(len(scores) / SHARE)]
+    for settings, score in scores[: math.ceil(len(scores) / STEP)]:
+        if math.isfinite(score):
+            yield settings
 
 
-def points_of(runs: Sequence[Run]) -> dict[str, list[Point]]:
+def _entry(name: str, points: Sequence[Point], runs: Sequence[Run], search: Search) -> Entry:
+    own = [run for run in runs if run.config.entrant == name]
+    config = own[-1].config  # of the last rung: the whole length
+    keys = ("epochs", "budget", "width", "batch_size", "weight_decay", "train_size", "evaluated")
+    return {
+        "scale": {key: getattr(config, key) for key in keys},
+        "by": search.by,
+        "halving": search.halving,
+        "coarse": list(search.thinned),
+        "conditions": next(
+            (end["conditions"] for run in own if (end := run.end()) and "conditions" in end), {}
+        ),
+        "best": best(name, points, search.by),
+        "points": points,
+    }
+
+
+def points_of(runs: Sequence[Run], share: float = 1.0) -> dict[str, list[Point]]:
     """Every run as a point, by optimizer."""
     points: dict[str, list[Point]] = {}
     for run in runs:
         config, end, epochs = run.config, run.end(), run.epochs()
         finished = end is not None and end["status"] == "finished"
         lowest = {key: min(record[key] for record in epochs) if finished else None for key in CRITERIA}
-        status = end["status"] if end else "unfinished"
-        facts = {"seed": config.seed, "status": status, "epochs": len(epochs)}
+        facts = {"seed": config.seed, "status": end["status"] if end else "unfinished", "share": share}
         points.setdefault(config.entrant, []).append({**config.settings, **facts, **lowest})
     return points
+
+
+def complete(entry: Entry) -> bool:
+    """Whether every point of an entry has come to an end: finished or diverged."""
+    return all(point["status"] in ("finished", "diverged") for point in entry["points"])
 
 
 def _identity(name: str, point: Point) -> str:
@@ -99,9 +122,9 @@ def scores_of(name: str, points: Sequence[Point], by: str) -> list[tuple[dict[st
         values = [math.inf if p[by] is None else p[by] for p in of]
         return float(sum(values)) / len(values)
 
-    def rank(of: Sequence[Point]) -> tuple[bool, int, float]:
+    def rank(of: Sequence[Point]) -> tuple[bool, float, float]:
         lost = math.isinf(score(of))
-        return lost, 0 if lost else -min(p.get("epochs", 0) for p in of), score(of)
+        return lost, 0.0 if lost else -min(p["share"] for p in of), score(of)
 
     ordered = sorted(gathered.items(), key=lambda item: rank(item[1]))
     return [(dict(settings), score(of)) for settings, of in ordered]
@@ -115,74 +138,66 @@ def best(name: str, points: Sequence[Point], by: str, **fixed: float) -> dict[st
     return None
 
 
-def outcome(points: dict[str, list[Point]], runs: Sequence[Run], search: Search) -> dict[str, Any]:
-    """What a sweep file holds of one problem: conditions, every point, and the best settings."""
-    config = runs[0].config
-    keys = ("epochs", "budget", "width", "batch_size", "weight_decay", "train_size", "evaluated", "threads")
-    return {
-        "problem": {key: getattr(config, key) for key in keys} | {"by": search.by},
-        "conditions": next(
-            (end["conditions"] for run in runs if (end := run.end()) and "conditions" in end), {}
-        ),
-        "search": {name: {"halving": search.halving, "coarse": search.thinned} for name in points},
-        "best": {name: found for name in points if (found := best(name, points[name], search.by))},
-        "points": points,
-    }
-
-
 def key(problem: str, by: str) -> str:
     """A problem's name in a sweep file: searches by loss and by test error stand side by side."""
     return f"{problem} by test error" if by == "test_error" else problem
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, dict[str, Entry]]:
     """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known: dict[str, dict[str, Entry]] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        )
         check_writable(path.parent)
     except (OSError, ValueError, Failure) as error:
         raise Failure(f"cannot save to {path} ({error}): choose another file with --save.") from error
     return known
 
 
-def save(result: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Put the outcome for one problem into a file, and return it merged with what was there.
-
-    Other problems stay; other optimizers stay if they were tuned at the same scale.
-    """
-    known = load(path)
-    old = known.get(name, {})
-    if old.get("problem") == result["problem"]:
-        result = result | {key: old[key] | result[key] for key in ("search", "best", "points")}
-    write_atomically(path, json.dumps(known | {name: result}, indent=1) + "\n")
-    return result
+def save(entries: dict[str, Entry], problem: str, path: Path) -> None:
+    """Put the entries into the file in the place of older ones of the same optimizers."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        known = load(path)
+        known[problem] = known.get(problem, {}) | entries
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
 
 
-def print_outcome(result: dict[str, Any], console: Console) -> None:
+def told(entry: Entry) -> str:
+    """At which scale and how an entry was tuned, for a person."""
+    scale = entry["scale"]
+    parts = [
+        f"{scale[key]} {noun}" for key, noun in (("epochs", "epochs"), ("budget", "CPU s")) if scale[key]
+    ]
+    parts += [f"width {scale['width']}"]
+    parts += [f"{scale['train_size']} images"] if scale["train_size"] else []
+    parts += ["halving"] if entry["halving"] else []
+    parts += [f"every second {', '.join(entry['coarse'])}"] if entry["coarse"] else []
+    return ", ".join(parts)
+
+
+def print_entries(entries: dict[str, Entry], console: Console) -> None:
     """A line an optimizer: how many points, how many lost, the best of them, whether it lies on an edge."""
     view = Table(box=None, header_style="dim", pad_edge=False)
-    by = result["problem"]["by"]
-    for heading in ("optimizer", "points", "lost", "best", by.replace("_", " "), "on the grid's edge"):
-        view.add_column(heading, justify="left" if heading in ("optimizer", "best") else "right")
-    for name, points in result["points"].items():
+    for heading in ("optimizer", "points", "lost", "best", "its score", "on the grid's edge", "tuned at"):
+        view.add_column(heading, justify="left" if heading in ("optimizer", "best", "tuned at") else "right")
+    for name, entry in entries.items():
+        points, chosen = entry["points"], entry["best"]
+        tried = {_identity(name, point | {"seed": 0}) for point in points}
         lost = sum(point["status"] != "finished" for point in points)
-        chosen = result["best"].get(name)
-        if chosen is None:
-            view.add_row(ENTRANTS[name].label, str(len(points)), str(lost), "–", "–", "–")
-            continue
-        (score,) = (score for settings, score in scores_of(name, points, by) if settings == chosen)
-        ranges = {key: {point[key] for point in points} for key in chosen}
-        edges = [
-            key
-            for key, values in ranges.items()
-            if chosen[key] in (min(values), max(values)) and len(values) > 1
-        ]
-        view.add_row(
-            ENTRANTS[name].label,
-            str(len(points)),
-            str(lost),
-            ", ".join(f"{key} {value:g}" for key, value in chosen.items()),
-            f"{score:.4g}",
-            ", ".join(edges) or "–",
-        )
+        cells = ["–", "–", "–"]
+        if chosen is not None:
+            (score,) = (s for settings, s in scores_of(name, points, entry["by"]) if settings == chosen)
+            ranges = {key: {point[key] for point in points} for key in chosen}
+            edges = [
+                key
+                for key, values in ranges.items()
+                if len(values) > 1 and chosen[key] in (min(values), max(values))
+            ]
+            cells = [
+                ", ".join(f"{k} {v:g}" for k, v in chosen.items()),
+                f"{score:.4g}",
+                ", ".join(edges) or "–",
+            ]
+        view.add_row(ENTRANTS[name].label, str(len(tried)), str(lost), *cells, told(entry))
     console.print(view)

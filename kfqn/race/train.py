@@ -118,8 +118,8 @@ class Trainer:
         self.run.checkpoint.unlink(missing_ok=True)
 
     def warm_start(self, optimizer: KroneckerOptimizer) -> None:
-        """Start from one epoch of augmented batches, as the authors did; another stream of randomness."""
-        generator = torch.Generator().manual_seed(self.config.seed + 2**32)
+        """Start from one epoch of augmented batches, as the authors did: those of the first epoch."""
+        generator = torch.Generator().manual_seed(self.config.seed)
         start = time.perf_counter()
         batches = self.data.training_batches(self.config.batch_size, generator)
         optimizer.warm_start(self.closure(x, y) for x, y in batches)
@@ -185,8 +185,8 @@ class Trainer:
 
     def synchronise(self) -> None:
         """Wait for the device, so that a clock tells the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
 
     def save(self) -> None:
         """A checkpoint that `load` goes on from as if nothing had happened."""
@@ -205,12 +205,12 @@ class Trainer:
 
     def load(self) -> None:
         """Go back to the last checkpoint; later epochs are done again."""
-        state = torch.load(self.run.checkpoint, map_location=self.device, weights_only=True)
+        state = torch.load(self.run.checkpoint, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["random"].cpu())
-        self.average, self.records = state["average"], state["records"]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        self.average, self.records = state["average"].to(self.device), state["records"]
         self.seconds, self.cpu_seconds, self.warm_start_seconds = state["seconds"]
 
 

@@ -70,7 +70,8 @@ class State:
 def _state(run: Run, by: str) -> State:
     records = run.records()
     status = records[-1].get("status", "") if records else ""
-    lowest = min((record[by] for record in records if "epoch" in record), default=math.inf)
+    kept = records if status in ("", "finished") else []
+    lowest = min((record[by] for record in kept if "epoch" in record), default=math.inf)
     settings = ", ".join(f"{key} {value:g}" for key, value in run.config.settings.items())
     return State(status, 1.0 if status else run.fraction(), lowest, settings)
 

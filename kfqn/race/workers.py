@@ -34,13 +34,29 @@ def work(folders: Sequence[Path], data_dir: Path | None) -> None:
 def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
     """Do all runs with ``jobs`` processes, calling ``watch`` twice a second.
 
-    Ends the workers at once on Ctrl-C, on SIGTERM, or on any error in ``watch``; the same call
-    goes on from there. A run whose worker was killed from outside is left unfinished.
+    Waits for runs that another command has in hand, and takes over those it leaves. Ends the
+    workers at once on Ctrl-C, on SIGTERM, or on any error in ``watch``; the same call goes on
+    from there. A run whose worker was killed from outside is left unfinished.
     """
-    left = [run.folder for run in runs if run.end() is None]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(left, data_dir)) for _ in range(min(jobs, len(left)))]
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        left = [run for run in runs if run.end() is None]
+        while left:
+            _work_and_watch(left, jobs, data_dir, watch)
+            left = [run for run in left if run.end() is None and run.held()]
+            while any(run.end() is None and run.held() for run in left):
+                watch()
+                time.sleep(POLL_SECONDS)
+            left = [run for run in left if run.end() is None]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    watch()
+
+
+def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    folders = [run.folder for run in left]
+    workers = [context.Process(target=work, args=(folders, data_dir)) for _ in range(min(jobs, len(left)))]
     try:
         _start(workers)
         while any(worker.is_alive() for worker in workers):
@@ -54,8 +70,6 @@ def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[]
             if worker.pid is not None:
                 worker.join(GRACE_SECONDS)
                 worker.kill()
-        signal.signal(signal.SIGTERM, previous)
-    watch()
 
 
 def _start(workers: Sequence[BaseProcess]) -> None:

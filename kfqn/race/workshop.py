@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from kfqn.race import sweep
 from kfqn.race.cifar import Cifar
+from kfqn.race.entrants import check_settings
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, grid
 from kfqn.race.plan import Field, Scale, Search, configs
@@ -37,6 +37,8 @@ class Workshop:
         ``by`` is the record whose lowest value is shown meanwhile.
         """
         check_writable(self.out)
+        for name, settings in field:
+            check_settings(name, settings)
         runs = [Run.create(self.out / "runs", config) for config in configs(problem, field, seeds, scale)]
         for run in runs:
             run.forget_failure()
@@ -51,15 +53,14 @@ class Workshop:
 
     def tune(
         self, problem: Problem, names: Sequence[str], scale: Scale, search: Search
-    ) -> tuple[dict[str, Any], list[Run]]:
-        """Sweep some optimizers on a problem: the outcome and the longest runs."""
+    ) -> tuple[dict[str, sweep.Entry], list[Run]]:
+        """Sweep some optimizers on a problem: the entries of a sweep file, and all the runs."""
 
         def run_field(field: Field, length: Scale) -> list[Run]:
             return self.run(problem, field, search.seeds, length, search.by)
 
         field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned)]
-        points, runs = sweep.sweep(field, scale, search, run_field)
-        return sweep.outcome(points, runs, search), runs
+        return sweep.sweep(field, scale, search, run_field)
 
 
 def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out: Path) -> Workshop:
@@ -82,14 +83,7 @@ def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
         raise Failure(
             f"--train-size must be at least one batch, {problem.batch_size} here, got {options.train_size}."
         )
-    if options.device != "cpu":
-        try:
-            torch.empty(1, device=options.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise Failure(
-                f"--device {options.device} cannot be used ({reason}): leave it out for the CPU."
-            ) from None
+    check_device(options.device)
     unlimited = options.epochs is None and options.budget is None
     return Scale(
         epochs=problem.epochs if unlimited else options.epochs,
@@ -102,12 +96,22 @@ def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
     )
 
 
+def check_device(device: str) -> None:
+    """Failure for a device that is not there."""
+    if device != "cpu":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise Failure(f"--device {device} cannot be used ({reason}): leave it out for the CPU.") from None
+
+
 def search_of(options: argparse.Namespace, scale: Scale, by: str, seeds: int = 1) -> Search:
     """The search that the options ask for; Failure if it is to be halved and is too short for that."""
-    if options.halving and (scale.epochs or math.inf) < sweep.SHARE**2:
+    if options.halving and (scale.epochs or math.inf) < sweep.STEP**2:
         raise Failure(
             "--halving starts with a ninth of the length, so --epochs must be at least "
-            f"{sweep.SHARE**2}: give more, or leave --halving out."
+            f"{sweep.STEP**2}: give more, or leave --halving out."
         )
     thinned = SETTINGS if options.coarse == [] else tuple(options.coarse or ())
     return Search(by=by, halving=options.halving, thinned=thinned, seeds=seeds)

@@ -1,0 +1,181 @@
+"""Parameters that belong to no layer: which they are, and that a torch optimizer trains them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import batches
+from test_contract import OPTIMIZERS, snapshot, train, unchanged
+from torch import nn
+
+import kfqn
+from kfqn.layers import layers_of, other_parameters
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make(request):
+    return OPTIMIZERS[request.param]
+
+
+class Scaled(nn.Linear):
+    """A subclass may compute anything."""
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen(key):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    getattr(model[1], key).requires_grad_(False)
+    return model
+
+
+def with_extra_parameter():
+    layer = nn.Linear(3, 3)
+    layer.scale = nn.Parameter(torch.ones(()))
+    return nn.Sequential(layer)
+
+
+def beside(module):
+    return lambda: nn.Sequential(nn.Linear(3, 3), module())
+
+
+PLANS = {  # name: model, its layers, the other parameters
+    "batch norm": (beside(lambda: nn.BatchNorm1d(3)), ["0"], ["1.weight", "1.bias"]),
+    "groups": (beside(lambda: nn.Conv2d(4, 4, 1, groups=2)), ["0"], ["1.weight", "1.bias"]),
+    "embedding": (beside(lambda: nn.Embedding(3, 2)), ["0"], ["1.weight"]),
+    "transposed": (beside(lambda: nn.ConvTranspose1d(2, 3, 2)), ["0"], ["1.weight", "1.bias"]),
+    "subclass": (beside(lambda: Scaled(3, 3)), ["0"], ["1.weight", "1.bias"]),
+    "spectral norm": (
+        beside(lambda: nn.utils.spectral_norm(nn.Linear(3, 3))),
+        ["0"],
+        ["1.bias", "1.weight_orig"],
+    ),
+    "weight norm": (
+        beside(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+        ["0"],
+        ["1.bias", "1.parametrizations.weight.original0", "1.parametrizations.weight.original1"],
+    ),
+    "a parameter more": (
+        lambda: nn.Sequential(nn.Linear(3, 3), *with_extra_parameter()),
+        ["0"],
+        ["1.weight", "1.bias", "1.scale"],
+    ),
+    "tied": (tied, ["1"], ["0.weight", "0.bias", "2.bias"]),
+    "frozen bias": (lambda: frozen("bias"), ["0", "1"], []),
+    "frozen weight": (lambda: frozen("weight"), ["0"], ["1.bias"]),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_trainable_parameter_is_trained_by_one_rule(name):
+    make, expected_layers, expected_others = PLANS[name]
+    model = make()
+    layers = layers_of(model)
+    others = other_parameters(model, layers)
+    assert [layer.name for layer in layers] == expected_layers
+    assert sorted(others) == sorted(expected_others)
+    ours = [id(p) for layer in layers for p in layer.parameters()] + [id(p) for p in others.values()]
+    assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    optimizer = kfqn.KFBFGS(model)
+    assert len(optimizer.param_groups) == 1 + bool(expected_others)
+    plan = optimizer.plan()
+    for layer in expected_layers:
+        assert f"{layer} " in plan
+    assert plan.count("KFBFGS") == len(expected_layers)
+    assert plan.count("AdamW") == len(expected_others)
+
+
+def resnet_like():
+    """BatchNorm, a depthwise convolution and an affine head; input (2, 6, 6)."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 3),
+    )
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01, amsgrad=True)
+
+
+def test_others_follow_their_own_optimizer_to_the_bit(make):
+    """With layers that cannot move (lr → 0), the others do what torch's optimizer does alone."""
+    model, data = resnet_like(), batches((2, 6, 6), 5)
+    twin = copy.deepcopy(model)
+    optimizer = make(model, lr=1e-38, others=adam)
+    names = ["1.weight", "1.bias", "3.weight", "3.bias"]
+    alone = adam([dict(twin.named_parameters())[name] for name in names])
+    for x, target in data:
+        train(model, optimizer, [(x, target)])
+        twin.zero_grad()
+        F.cross_entropy(twin(x), target).backward()
+        alone.step()
+    for name in names:
+        assert torch.equal(dict(model.named_parameters())[name], dict(twin.named_parameters())[name])
+    for key, value in twin.state_dict().items():  # BatchNorm's statistics moved once a step
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_net_with_batch_norm_trains(make):
+    model, ((x, target),) = resnet_like(), batches((2, 6, 6), 1, size=17)
+    losses = train(model, make(model, others=adam), [(x, target)] * 60)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_groups_hold_what_each_rule_reads_and_schedulers_reach_all(make):
+    optimizer = make(resnet_like(), lr=0.4, others=adam)
+    ours, theirs = optimizer.param_groups
+    assert "damping" in ours
+    assert "damping" not in theirs
+    assert "amsgrad" in theirs
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
+    data = batches((2, 6, 6), 1)
+    train(optimizer._model, optimizer, data)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.005]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_resuming_is_bit_identical_with_others(make, k, tmp_path):
+    data = batches((2, 6, 6), 6)
+    model = resnet_like()
+    optimizer = make(model, lr=0.2, others=adam)
+    train(model, optimizer, data[:k])
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    train(model, optimizer, data[k:])
+    resumed_model = resnet_like()
+    resumed = make(resumed_model, lr=99.0, others=adam)
+    saved = torch.load(tmp_path / "saved.pt")
+    resumed_model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(resumed_model, resumed, data[k:])
+    for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert unchanged(snapshot(model, optimizer)[1], snapshot(resumed_model, resumed)[1])
+
+
+def test_state_without_the_others_is_refused(make):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    plain = make(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        make(model).load_state_dict(plain.state_dict())
+
+
+def test_a_frozen_bias_leaves_a_layer_without_homogeneous_coordinate():
+    model, data = frozen("bias"), batches((3,), 3)
+    before = model[1].bias.clone()
+    optimizer = kfqn.KFBFGS(model, lr=0.1)
+    losses = train(model, optimizer, data[:1] * 20)
+    assert losses[-1] < losses[0]
+    assert torch.equal(model[1].bias, before)
+    assert optimizer.state[model[1].weight]["H_A"].shape == (3, 3)
+    assert optimizer.state[model[0].weight]["H_A"].shape == (4, 4)
