@@ -177,6 +177,15 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
                 value.div_(data[layer])
         self._start_layers(sums)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for `copy.deepcopy` and `pickle`; torch would leave the model and the layers out."""
+        ours = ("_model", "_layers", "_other_names", "_others", "_complete")
+        return super().__getstate__() | {key: self.__dict__[key] for key in ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state saved by `state_dict`: copied, and in each layer's own `dtype`.
 

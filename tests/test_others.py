@@ -1,6 +1,7 @@
 """Parameters that belong to no layer: which they are, and that a torch optimizer trains them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -161,6 +162,21 @@ def test_resuming_is_bit_identical_with_others(make, k, tmp_path):
     for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert unchanged(snapshot(model, optimizer)[1], snapshot(resumed_model, resumed)[1])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_model_and_optimizer_goes_on_by_itself(make, how):
+    data = batches((2, 6, 6), 6)
+    model = resnet_like()
+    optimizer = make(model, lr=0.2, others=torch.optim.Adam)
+    train(model, optimizer, data[:3])
+    pair = (model, optimizer)
+    twin, theirs = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    before = snapshot(model, optimizer)
+    train(twin, theirs, data[3:])
+    assert unchanged(before, snapshot(model, optimizer))
+    train(model, optimizer, data[3:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
 def test_state_without_the_others_is_refused(make):
