@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from kfqn.curvature import second_moment
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, Others, State, adamw, checked_settings, inverse_factor
+from kfqn.optimizer import Group, Others, State, adamw, inverse_factor
 from kfqn.secant import double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.settings import checked_settings
 from kfqn.two_pass import TwoPassOptimizer
 
 

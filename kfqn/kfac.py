@@ -19,10 +19,10 @@ from kfqn.optimizer import (
     Others,
     State,
     adamw,
-    checked_settings,
     inverse_factor,
 )
 from kfqn.second_pass import Rewind, random_state, second_pass
+from kfqn.settings import checked_settings
 
 
 @final

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kfqn.curvature import mean_activation, second_moment_matvec
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, Others, State, adamw, checked_settings
+from kfqn.optimizer import Group, Others, State, adamw
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.settings import checked_settings
 from kfqn.two_pass import TwoPassOptimizer
 
 

@@ -1,0 +1,30 @@
+"""Which values the settings of the optimizers may have."""
+
+import math
+from typing import Any
+
+_RANGES = {  # low, high, whether low itself is allowed
+    "lr": (0, math.inf, False),
+    "damping": (0, math.inf, False),
+    "beta": (0, 1, True),
+    "mu1": (0, 1, False),
+    "weight_decay": (0, math.inf, True),
+    "momentum": (0, 1, True),
+    "averaging": (0, 1, True),
+    "clip": (0, math.inf, False),
+}
+_WHOLE = ("history_size", "inverse_interval")
+
+
+def checked_settings(**settings: float) -> dict[str, Any]:
+    """The settings as a group; ValueError for one that is out of range."""
+    for name, value in settings.items():
+        if name in _WHOLE:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+            continue
+        low, high, closed = _RANGES[name]
+        if not (low <= value < high if closed else low < value < high):
+            upper = "finite" if high == math.inf else f"< {high:g}"
+            raise ValueError(f"{name} must be {'>=' if closed else '>'} {low:g} and {upper}, got {value}.")
+    return settings
