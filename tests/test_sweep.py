@@ -55,10 +55,10 @@ def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
     assert len(grids.grid("cifar100-vgg16", "kfac", ["damping"])) == 36
 
 
-def finished(folder, loss, status="finished", epochs=1, **changes):
+def finished(folder, loss, status="finished", count=1, **changes):
     run = Run.create(folder, config(**changes))
     record = {"train_loss": loss, "average_loss": 2 * loss, "test_error": 1 - loss}
-    run.write([*({"epoch": k + 1} | record for k in range(epochs)), {"status": status, "reason": ""}])
+    run.write([*({"epoch": k + 1} | record for k in range(count)), {"status": status, "reason": ""}])
     return run
 
 

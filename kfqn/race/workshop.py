@@ -36,9 +36,9 @@ class Workshop:
 
         ``by`` is the record whose lowest value is shown meanwhile.
         """
-        check_writable(self.out)
         for name, settings in field:
             check_settings(name, settings)
+        check_writable(self.out)
         runs = [Run.create(self.out / "runs", config) for config in configs(problem, field, seeds, scale)]
         for run in runs:
             run.forget_failure()
