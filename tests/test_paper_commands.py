@@ -25,17 +25,17 @@ def is_png(path):
 
 
 def test_figure_1_draws_all_five_optimizers_on_both_networks_and_then_only_draws(data, tmp_path):
-    command = ["figure", 1, *TOY, "--seeds", 2, "--data-dir", data, "--out", tmp_path]
+    command = ["figure", 1, *TOY, "--seeds", 1, "--data-dir", data, "--out", tmp_path]
     result = kfqn(*command)
     assert result.returncode == 0, result.stderr
     for label in LABELS:
         assert sum(line.startswith(f"{label} (") for line in result.stdout.splitlines()) >= 2
     for problem in ("cifar10-allcnn", "cifar10-vgg16"):
-        assert f"{problem}: 10 runs, 1 epoch each" in result.stdout
-        assert len(list((tmp_path / problem / "runs").iterdir())) == 10
+        assert f"{problem}: 5 runs, 1 epoch each" in result.stdout
+        assert len(list((tmp_path / problem / "runs").iterdir())) == 5
     assert is_png(tmp_path / "figure-1.png")
     again = kfqn(*command)
-    assert again.stdout.count("10 of 10 runs are done already") == 2
+    assert again.stdout.count("5 of 5 runs are done already") == 2
 
 
 def test_figure_2_for_one_of_its_problems(data, tmp_path):
@@ -134,10 +134,12 @@ def test_a_budget_ends_a_run_with_the_epoch_that_uses_it_up(tmp_path):
 
 
 def test_without_epochs_or_budget_a_figure_takes_the_papers_budget_by_the_share_of_images(data, tmp_path):
-    command = ["figure", 1, "--problem", "cifar10-vgg16", "--optimizers", "sgd", "--width", 2]
-    result = kfqn(*command, "--train-size", 260, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
+    command = ["figure", 1, "--problem", "cifar10-vgg16", "--optimizers", "sgd", "--width", 1]
+    result = kfqn(
+        *command, "--train-size", 256, "--eval-size", 10, "--seeds", 1, "--data-dir", data, "--out", tmp_path
+    )
     assert result.returncode == 0, result.stderr
-    assert "1 run, 10.4 CPU seconds each" in result.stdout
+    assert "1 run, 10.24 CPU seconds each" in result.stdout
 
 
 def test_wrong_use(data, tmp_path):

@@ -51,7 +51,7 @@ def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
         whole, coarse = (grids.grid("cifar100-vgg16", name, thinned) for thinned in ((), grids.SETTINGS))
         assert all(point in whole for point in coarse)
         assert whole[-1] in coarse
-    assert len(grids.grid("cifar100-vgg16", "kfac", grids.SETTINGS)) == 20
+    assert len(grids.grid("cifar100-vgg16", "kfac", grids.SETTINGS)) == 10
     assert len(grids.grid("cifar100-vgg16", "kfac", ["damping"])) == 36
 
 
@@ -144,28 +144,29 @@ def test_means_over_seeds_decide_and_a_lost_seed_loses():
 
 
 def test_a_sweep_from_the_command_line(tmp_path):
-    common = ["--epochs", 1, *SMALL, "--out", tmp_path, "--save", tmp_path / "tuned.json"]
+    common = ["--epochs", 1, "--coarse", *SMALL, "--out", tmp_path, "--save", tmp_path / "tuned.json"]
     for name in ("adam", "sgd"):
         result = kfqn("sweep", "--optimizers", name, *common)
         assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
     for name in ("adam", "sgd"):
-        points, entry = grids.grid("digits", name), saved[name]
+        points, entry = grids.grid("digits", name, grids.SETTINGS), saved[name]
         assert [{key: p[key] for key in points[0]} for p in entry["points"]] == points
         assert entry["best"] in points
         assert entry["by"] == "average_loss"
 
 
 def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
-    result = kfqn("sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", *SMALL, "--out", tmp_path)
+    command = ["sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", "--coarse", "lr", *SMALL]
+    result = kfqn(*command, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["digits"]
     points = saved["sgd"]["points"]
-    assert sorted(p["share"] for p in points) == [1 / 9] * 13 + [1 / 3] * 4 + [1.0] * 3
+    assert sorted(p["share"] for p in points) == [1 / 9] * 6 + [1 / 3] * 2 + [1.0] * 2
     longest = [p for p in points if p["share"] == 1.0]
     assert saved["sgd"]["best"]["lr"] == min(longest, key=lambda p: p["average_loss"])["lr"]
     assert saved["sgd"]["halving"]
-    assert saved["sgd"]["coarse"] == []
+    assert saved["sgd"]["coarse"] == ["lr"]
     one_line(
         kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
         "--halving starts with a ninth of the length, so --epochs must be at least 9",
@@ -174,7 +175,7 @@ def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path):
-    arguments = ["sweep", "--optimizers", "sgd", "--epochs", 3, *SMALL, "--out", tmp_path]
+    arguments = ["sweep", "--optimizers", "sgd", "--epochs", 3, "--coarse", *SMALL, "--out", tmp_path]
     command = [sys.executable, "-m", "kfqn", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -188,12 +189,12 @@ def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {folder: (folder / "epochs.jsonl").read_text() for folder in done()}
-    assert len(before) < 20
+    assert len(before) < 10
     result = kfqn(*arguments)
     assert result.returncode == 0, result.stderr
-    assert f"{len(before)} of 20 runs are done already" in result.stdout
+    assert f"{len(before)} of 10 runs are done already" in result.stdout
     assert before == {folder: (folder / "epochs.jsonl").read_text() for folder in before}  # clocks and all
-    assert len(done()) == len(list((tmp_path / "runs").iterdir())) == 20
+    assert len(done()) == len(list((tmp_path / "runs").iterdir())) == 10
 
 
 def counting_worker(folders, log):
