@@ -5,9 +5,12 @@ import json
 import pytest
 from lab import config, kfqn, one_line, write_toy_cifar
 
+from kfqn.race.cli import parser
 from kfqn.race.cost import COLUMNS
 from kfqn.race.entrants import ENTRANTS
+from kfqn.race.paper_figures import paper_scale
 from kfqn.race.paper_tables import COMPUTATION, STORAGE
+from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Run
 from kfqn.race.train import train
 
@@ -133,13 +136,20 @@ def test_a_budget_ends_a_run_with_the_epoch_that_uses_it_up(tmp_path):
     assert all(second < 0.3 for second in seconds[:-1])
 
 
-def test_without_epochs_or_budget_a_figure_takes_the_papers_budget_by_the_share_of_images(data, tmp_path):
-    command = ["figure", 1, "--problem", "cifar10-vgg16", "--optimizers", "sgd", "--width", 1]
-    result = kfqn(
-        *command, "--train-size", 256, "--eval-size", 10, "--seeds", 1, "--data-dir", data, "--out", tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert "1 run, 10.24 CPU seconds each" in result.stdout
+@pytest.mark.parametrize(
+    ("options", "epochs", "budget"),
+    [
+        ([], None, 2000),
+        (["--train-size", "5000"], None, 200),
+        (["--train-size", "60000"], None, 2000),
+        (["--epochs", "3"], 3, None),
+        (["--budget", "7", "--train-size", "5000"], None, 7),
+        (["--budget", "7", "--epochs", "3"], 3, 7),
+    ],
+)
+def test_a_figure_takes_the_papers_budget_by_the_share_of_images_unless_told(options, epochs, budget):
+    scale = paper_scale(parser().parse_args(["figure", "1", *options]), PROBLEMS["cifar10-vgg16"])
+    assert (scale.epochs, scale.budget) == (epochs, budget)
 
 
 def test_wrong_use(data, tmp_path):

@@ -51,7 +51,7 @@ def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
         whole, coarse = (grids.grid("cifar100-vgg16", name, thinned) for thinned in ((), grids.SETTINGS))
         assert all(point in whole for point in coarse)
         assert whole[-1] in coarse
-    assert len(grids.grid("cifar100-vgg16", "kfac", grids.SETTINGS)) == 10
+    assert len(grids.grid("cifar100-vgg16", "kfac", grids.SETTINGS)) == 20
     assert len(grids.grid("cifar100-vgg16", "kfac", ["damping"])) == 36
 
 
