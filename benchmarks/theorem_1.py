@@ -5,7 +5,7 @@ A small convolutional network with tanh on the digits: smooth (AS.1), inputs of 
 constant times K^(β−1), plus a term that falls faster; the gradient of the whole training set is
 computed at every step to see it.
 
-    python benchmarks/theorem_1.py --steps 4000 --out docs/theorem-1.png
+    python benchmarks/theorem_1.py --out docs/theorem-1.png
 """
 
 import argparse
@@ -24,7 +24,6 @@ from kfqn.race.data import digits
 from kfqn.race.runs import atomic_path
 
 EXPONENTS = (0.55, 0.7, 0.85)  # β of α_k = c k^(−β), in (0.5, 1)
-SEEDS = 3
 BATCH = 64
 IMAGES = 512  # the training set here: its whole gradient is computed at every step
 
@@ -68,8 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=3.0, help="c of α_k = c k^(−β)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=10.0, help="c of α_k = c k^(−β)")
     parser.add_argument("--damping", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=Path("theorem-1.png"))
     options = parser.parse_args()
@@ -79,10 +79,10 @@ def main() -> None:
     panels = figure.subplots(1, len(EXPONENTS), sharey=True, squeeze=False)[0]
     K = np.arange(1, options.steps + 1)
     late = options.steps / 10 <= K  # the last decade, for the slope
-    print(f"{SEEDS} seeds, {options.steps} steps, c = {options.lr:g}, damping {options.damping:g}")
+    print(f"{options.seeds} seeds, {options.steps} steps, c = {options.lr:g}, damping {options.damping:g}")
     for panel, exponent in zip(panels, EXPONENTS, strict=True):
         means = []
-        for seed in range(SEEDS):
+        for seed in range(options.seeds):
             norms = trajectory(seed, exponent, options.lr, options.damping, options.steps)
             means.append(np.cumsum(norms) / K)
             panel.loglog(K, means[-1], color="#0072B2", linewidth=1, alpha=0.7)
