@@ -41,9 +41,9 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, model: nn.Module, defaults: Group, others: Others) -> None:
         self._model = model
         self._layers = layers_of(model)
-        self._other_names = other_parameters(model, self._layers)
+        self._other_parameters = other_parameters(model, self._layers)
         groups: list[Group] = [{"params": [p for layer in self._layers for p in layer.parameters()]}]
-        self._others = others([*self._other_names.values()]) if self._other_names else None
+        self._others = others([*self._other_parameters.values()]) if self._other_parameters else None
         groups += self._others.param_groups if self._others is not None else []
         own = [set(group) for group in groups[1:]]
         self._complete = False
@@ -179,7 +179,7 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for `copy.deepcopy` and `pickle`; torch would leave the model and the layers out."""
-        ours = ("_model", "_layers", "_other_names", "_others", "_complete")
+        ours = ("_model", "_layers", "_other_parameters", "_others", "_complete")
         return super().__getstate__() | {key: self.__dict__[key] for key in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
         parameters = [p for group in self.param_groups for p in group["params"]]
         layers = {layer.weight: layer for layer in self._layers}
         states = {p: state_dict["state"].get(i, {}) for i, p in zip(saved, parameters, strict=False)}
-        others = {id(p) for p in self._other_names.values()}
+        others = {id(p) for p in self._other_parameters.values()}
         for p, state in states.items():
             if state and id(p) not in others:
                 self._check_state(layers.get(p), state, state_dict["param_groups"][0])
@@ -254,7 +254,7 @@ class KroneckerOptimizer(torch.optim.Optimizer, ABC):
             entries = sum(math.prod(shape) for shape in self._shapes(layer, self._group).values())
             shape = f"{layer.rows} × {layer.columns}"
             lines.append((layer.name or "the model", self._name, shape, f"{entries * size / 1e6:.3g}"))
-        for name, p in self._other_names.items():
+        for name, p in self._other_parameters.items():
             shape = " × ".join(map(str, p.shape)) or "1"
             lines.append((name, type(self._others).__name__, shape, "–"))
         widths = [max(len(line[column]) for line in lines) for column in range(4)]

@@ -170,7 +170,13 @@ def _choices(experiment: Experiment) -> list[Choice]:
     if options.number == 4:
         entries = experiment.entries(names, "test_error")
         return [_best(experiment, name, entries[name]) for name in names]
-    return [Choice(name, *best_settings(problem.name, name, experiment.sweep_file)) for name in names]
+    swept = sweeping.load(experiment.sweep_file).get(problem.name, {})
+    return [
+        _best(experiment, name, swept[name])
+        if name in swept and swept[name]["best"]
+        else Choice(name, *best_settings(problem.name, name, experiment.sweep_file))
+        for name in names
+    ]
 
 
 def _dampings(experiment: Experiment) -> list[Choice]:
