@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
-from kfqn.layers import layers_of
 from kfqn.race.train import conditions_of
+from kfqn.rules import layers_of
 from kfqn.secant import bfgs_update_
 
 ROUNDS = 9
@@ -74,7 +74,7 @@ def main() -> None:
         "eq. (13) channels first (kept)": lambda: second_moment_matvec(layer, a, v),
         "mean activation (kept: mean over data first)": lambda: mean_activation(layer, a),
         "mean of h by h.mean": lambda: h.mean((0, 2, 3)),
-        "mean of h by a product (kept)": lambda: mean_preactivation(h),
+        "mean of h by a product (kept)": lambda: mean_preactivation(layer.preactivation(h)),
         "BFGS, side 1729, two addr_": lambda: rank_two_by_outer_products(H, s, s),
         "BFGS, side 1729, one addmm_ (kept)": lambda: bfgs_update_(H, s, s),
     }

@@ -1,106 +1,302 @@
-"""What one forward-backward pass shows of each layer: the only file that registers hooks.
+"""What forward-backward passes show of each layer: the only file that registers hooks.
 
-Hooks live inside one ``with`` and are gone after it, whatever happens inside, so between
-steps the model can be copied, saved and compiled as if we were not there.
+The hooks stay on the modules as long as the optimizer lives, because a training loop of the
+user's own may run its first pass at any time. They hold the optimizer by a weak reference only, do
+nothing in a copy or a pickle of the model, and outside passes with gradients return at once.
 """
 
 import contextlib
+import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.layers import Layer
+from kfqn.second_pass import Rewind, random_state
 
 Reduction = Callable[[Tensor], Tensor]
 
 
-@dataclass
+@final
+@dataclass(eq=False)
+class Use:
+    """One call of a layer's module in a pass, each part only if asked for.
+
+    ``m`` data and |T| = ``locations`` went through it; ``batch`` counts the micro-batches. ``a`` is
+    the input tensor itself; ``h`` and ``Dh`` are what the pre-activation and its gradient, both
+    (m, *g, I, |T|), were reduced to. ``start`` is the number of that pass through the model, and what
+    puts the random state back to where it started.
+    """
+
+    batch: int
+    m: int
+    locations: int
+    a: Tensor | None
+    h: Tensor | None
+    Dh: Tensor | None
+    start: tuple[int, Rewind] | None
+
+
+@final
 class Seen:
-    """One layer in one pass, each part only if asked for.
+    """All uses of one layer that are one look at the loss, and the means over them.
 
-    ``a`` is the input tensor itself, in the layer's `dtype`; ``h`` and ``Dh`` are what the
-    pre-activation and its gradient, (m, I, *T), were reduced to. ``Dh`` is None until the
-    backward pass has reached the layer.
+    Several uses in one micro-batch are further locations of the same data; several micro-batches are more
+    data. Means over data therefore weigh a micro-batch by its m, and means over locations weigh
+    a use by its |T|.
     """
 
-    a: Tensor | None = None
-    h: Tensor | None = None
-    Dh: Tensor | None = None
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.uses: list[Use] = []
 
-    def input(self) -> Tensor:
-        """The input, in a pass that was to keep it."""
-        assert self.a is not None
-        return self.a
+    def of(self, batch: int) -> list[Use]:
+        """The uses in one micro-batch."""
+        return [use for use in self.uses if use.batch == batch]
 
-    def gradient(self) -> Tensor:
-        """What the gradient was reduced to, of a layer that the backward pass has reached."""
-        assert self.Dh is not None
-        return self.Dh
+    @property
+    def data(self) -> int:
+        """m, over all micro-batches."""
+        return sum(self.of(batch)[0].m for batch in {use.batch for use in self.uses})
+
+    def _share_of_data(self, use: Use) -> float:
+        return self.of(use.batch)[0].m / self.data
+
+    def _share_of_locations(self, use: Use) -> float:
+        return use.locations / sum(other.locations for other in self.of(use.batch))
+
+    def _sum(self, value: Callable[[Use], Tensor], weight: Callable[[Use], float]) -> Tensor:
+        if len(self.uses) == 1:
+            return value(self.uses[0])
+        return torch.stack([value(use) * weight(use) for use in self.uses]).sum(0)
+
+    def mean(self, of_input: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+        """A mean over data and locations, from one over those of a single input."""
+        return self._sum(
+            lambda use: of_input(self.layer, self.input(use)),
+            lambda use: self._share_of_data(use) * self._share_of_locations(use),
+        )
+
+    def sum(self, of_input: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+        """A mean over data and a sum over locations, from one over those of a single input."""
+        return self._sum(lambda use: of_input(self.layer, self.input(use)), self._share_of_data)
+
+    def input(self, use: Use) -> Tensor:
+        """The input of a use, in the layer's `dtype`."""
+        assert use.a is not None
+        return use.a.to(self.layer.dtype)
+
+    def let_go(self) -> None:
+        """Drop the inputs, which nothing needs after the step."""
+        for use in self.uses:
+            use.a = None
+
+    def h(self) -> Tensor:
+        """The mean over data and locations of what ``h`` was reduced to, itself such a mean."""
+        return self._sum(
+            lambda use: _known(use.h), lambda use: self._share_of_data(use) * self._share_of_locations(use)
+        )
+
+    def Dh(self) -> Tensor:
+        """The same of the gradient, each a mean over its micro-batch with a factor of its m, or m².
+
+        A micro-batch has only its share of the whole loss, so autograd's gradient is smaller than that of a
+        datum's own loss by the whole m, and a sum over micro-batches is what a mean over data was.
+        """
+        return self._sum(lambda use: _known(use.Dh), self._share_of_locations)
 
 
-@contextlib.contextmanager
-def capture(
-    layers: Sequence[Layer], *, inputs: bool, h: Reduction | None = None, Dh: Reduction | None = None
-) -> Iterator[dict[Layer, Seen]]:
-    """Watch the layers during the pass inside the ``with``; a layer not run is not in the result.
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
 
-    ``inputs`` says whether to keep each layer's input; ``h`` and ``Dh`` what to reduce the
-    pre-activation and its gradient to, at once, in the layer's `dtype`. With ``Dh`` forward passes with
-    gradients are watched, also when the weights are frozen; without, those under ``torch.no_grad()``. The
-    other forward passes are not looked at.
 
-    Raises ValueError inside the ``with`` for an input of the wrong kind, and for a layer
-    that runs twice in one pass.
+@final
+@dataclass(frozen=True)
+class Look:
+    """What to keep of each use: its input, and what h and Dh are reduced to.
+
+    With ``Dh`` passes with gradients are looked at, without those under ``torch.no_grad()``. ``frozen`` says
+    that no parameter requires a gradient, so that graphs have to start at the pre-activations.
     """
-    seen: dict[Layer, Seen] = {}
-    handles = [
-        layer.module.register_forward_hook(_observer(layer, seen, inputs, h, Dh), with_kwargs=True)
-        for layer in layers
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    inputs: bool
+    h: Reduction | None = None
+    Dh: Reduction | None = None
+    frozen: bool = False
 
 
-Observer = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]
+@final
+class Watch:
+    """What the passes since the last `take` have shown of each layer that a gradient has reached.
 
+    A use counts from the moment its gradient arrives; before, only autograd's graph holds it, so
+    a pass that nobody calls backward on is forgotten with its graph.
+    """
 
-def _observer(
-    layer: Layer,
-    seen: dict[Layer, Seen],
-    inputs: bool,
-    reduce_h: Reduction | None,
-    reduce_Dh: Reduction | None,
-) -> Observer:
-    def observe(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], h: Tensor) -> None:
-        if torch.is_grad_enabled() != (reduce_Dh is not None):
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
+        self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
+        self._look = self._first = first
+        self._open: dict[Layer, weakref.WeakSet[Use]] = {}
+        self._start: tuple[int, Rewind] | None = None
+        self._devices: set[torch.device] = set()
+        self._replay: Iterator[Rewind] = iter(())
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles).atexit = False
+        self._handles.append(model.register_forward_pre_hook(_Start(weakref.ref(self))))
+        self.forget()
+        self.add(layers)
+
+    def add(self, layers: Sequence[Layer]) -> None:
+        """Watch these layers too."""
+        for layer in layers:
+            hook = _Observe(weakref.ref(self), layer)
+            self._open[layer] = weakref.WeakSet()
+            self._devices.add(layer.weight.device)
+            self._handles += [m.register_forward_hook(hook, with_kwargs=True) for m in layer.modules]
+
+    def forget(self) -> None:
+        """Drop what was seen."""
+        self._seen: dict[Layer, Seen] = {}
+        self._batch, self._arrived = 0, False
+        self.ran = False  # whether a layer ran at all, also if no gradient has reached it
+
+    def take(self) -> dict[Layer, Seen]:
+        """What was seen, once. Raises ValueError if an input was of the wrong kind."""
+        seen = {layer: self._seen[layer] for layer in self._open if layer in self._seen}
+        self.forget()
+        wrong = [layer.wrong_input(_known(use.a)) for layer in seen for use in seen[layer].uses]
+        for message in filter(None, wrong):
+            raise ValueError(message)
+        return seen
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._seen)
+
+    @contextlib.contextmanager
+    def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
+        """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
+        outside = self._look, self._seen, self._batch, self._arrived
+        self._look, self._replay = look, iter(replay)
+        self.forget()
+        try:
+            yield self._seen
+        finally:
+            self._look, self._seen, self._batch, self._arrived = outside
+            self._replay = iter(())
+
+    def start(self) -> None:
+        """A pass through the whole model begins."""
+        if not torch.is_grad_enabled():
             return
-        a = args[0] if args else kwargs["input"]
-        layer.check_input(a)
-        if layer in seen:
-            raise ValueError(
-                f"{layer} ran twice in one pass, and layers used several times or under activation "
-                "checkpointing are not supported yet: use a module of its own for each place, or freeze it "
-                "with requires_grad_(False)."
-            )
-        record = seen[layer] = Seen(a=a.detach().to(layer.dtype) if inputs else None)
-        if reduce_h is not None:  # now: an in-place ReLU overwrites h next
-            record.h = reduced(reduce_h, h.detach())
-        if reduce_Dh is None:
+        self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if self._look.frozen:
+            next(self._replay, _nothing)()
+        else:
+            number = self._start[0] + 1 if self._start is not None else 0
+            self._start = number, random_state(self._devices)
+
+    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> None:
+        """A module of the layer has turned ``a`` into ``h``."""
+        look = self._look
+        if torch.is_grad_enabled() != (look.Dh is not None) or torch._C._are_functorch_transforms_active():
             return
-        if not h.requires_grad:  # weights frozen and nothing trainable below: the graph starts here
+        if not h.requires_grad and look.Dh is not None:
+            if not look.frozen:
+                return
             h.add_(torch.zeros((), dtype=h.dtype, device=h.device, requires_grad=True))
-        h.register_hook(lambda gradient: note(record, reduced(reduce_Dh, gradient)))
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self._open[layer]:
+            return  # activation checkpointing computes again what was seen already
+        if not in_backward:
+            self._next_batch()
+        self.ran = True
+        use = Use(self._batch, len(a), 1, a.detach() if look.inputs else None, None, None, self._start)
+        wrong = layer.wrong_input(a)
+        if wrong is not None and look is not self._first:
+            raise ValueError(wrong)
+        if wrong is None:
+            use.locations = math.prod(layer.locations(a))
+            if look.h is not None:  # now: an in-place ReLU overwrites h next
+                use.h = _reduced(look.h, layer, h.detach())
+        if look.Dh is None:
+            self._seen.setdefault(layer, Seen(layer)).uses.append(use)
+        else:
+            self._open[layer].add(use)
+            h.register_hook(self._arrival(layer, use, look.Dh, wrong is None))
 
-    def reduced(reduction: Reduction, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return reduction(layer.channels_first(x).to(layer.dtype))
+    def _arrival(self, layer: Layer, use: Use, reduction: Reduction, fits: bool) -> Callable[[Tensor], None]:
+        """What to do with the gradient of a use's pre-activation."""
+        seen = self._seen
 
-    def note(record: Seen, Dh: Tensor) -> None:
-        record.Dh = Dh if record.Dh is None else record.Dh + Dh  # a closure may call backward more than once
+        def arrive(gradient: Tensor) -> None:
+            Dh = _reduced(reduction, layer, gradient) if fits else gradient
+            if use.Dh is not None:  # a closure may call backward for each part of its loss
+                use.Dh = use.Dh + Dh
+                return
+            use.Dh = Dh
+            seen.setdefault(layer, Seen(layer)).uses.append(use)
+            self._open[layer].discard(use)
+            self._arrived = True
 
-    return observe
+        return arrive
+
+    def _next_batch(self) -> None:
+        """Forward passes after a backward pass are of another micro-batch, or of another step."""
+        if self._arrived:
+            self._arrived, self._batch = False, self._batch + 1
+            if not self._look.frozen and all(layer.weight.grad is None for layer in self._seen):
+                self._seen.clear()  # the gradients of earlier passes have been dropped
+
+
+def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
+    """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reduction(layer.preactivation(x).to(layer.dtype))
+
+
+def _nothing() -> None:
+    """There is no random state to go back to."""
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class _Hook:
+    """A hook that ends with its watch, and of which copies and pickles of the model carry an empty shell."""
+
+    def __init__(self, watch: "weakref.ref[Watch] | None" = None, layer: Layer | None = None) -> None:
+        self.watch, self.layer = watch, layer
+
+    def __deepcopy__(self, memo: Any) -> "_Hook":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+@final
+class _Start(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        watch = self.watch() if self.watch else None
+        if watch is not None:
+            watch.start()
+
+
+@final
+class _Observe(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> None:
+        watch = self.watch() if self.watch else None
+        if watch is not None and self.layer is not None:
+            watch.observe(self.layer, args[0] if args else kwargs["input"], h)

@@ -1,16 +1,19 @@
 """The variant of KF-BFGS(L) whose convergence is proved: Algorithms 3 and 4 of Ren and Goldfarb."""
 
 import math
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor, nn
 
+from kfqn.capture import Seen
 from kfqn.curvature import second_moment
+from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, Others, State, adamw, inverse_factor
-from kfqn.secant import double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.optimizer import inverse_factor
+from kfqn.secant import dot, double_damping, lbfgs_matmul, lbfgs_push_
 from kfqn.settings import checked_settings
-from kfqn.two_pass import TwoPassOptimizer
+from kfqn.two_pass import First, TwoPassOptimizer
 
 
 @final
@@ -50,28 +53,56 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings | checked_settings(history_size=history_size), others)
+        settings = checked_settings(
+            lr=lr,
+            damping=damping,
+            history_size=history_size,
+            beta=beta,
+            mu1=mu1,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            clip=clip,
+        )
+        super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        rows, columns, p = layer.rows, layer.columns, group["history_size"]
-        return {"H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,), "S": (p, rows), "Y": (p, rows)}
+        g, rows, columns, p = layer.groups, layer.rows, layer.columns, group["history_size"]
+        shapes = {"H_A": (*g, columns, columns), "s_G": (*g, rows), "y_G": (*g, rows)}
+        return shapes | {"S": (*g, p, rows), "Y": (*g, p, rows)}
 
     def _start_G(self, state: State) -> None:
         """An empty history already stands for I (line 1)."""
 
+    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
+        return DW  # without momentum
+
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
 
-    def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:  # line 11
-        lambda_A = math.sqrt(group["damping"])
-        state["H_A"].copy_(inverse_factor(layer, second_moment(layer, a), lambda_A, "H_A"))
+    def _probe(self, mean_a: Tensor, state: State) -> Tensor:
+        return mean_a  # nothing is asked with it: A itself is wanted
 
-    def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
-        lambda_G, beta = math.sqrt(group["damping"]), group["beta"]
-        s = state["s_G"].lerp_(dh, 1 - beta)  # line 13
-        y = state["y_G"].lerp_(dDh, 1 - beta)
-        damped = double_damping(s, y, y, mu1=group["mu1"], mu2=lambda_G)  # line 14, Algorithm 4: H = I
-        lbfgs_push_(state["S"], state["Y"], *damped)  # line 15
+    def _answer(self, record: Seen, s: Tensor) -> Tensor:
+        return record.sum(second_moment)
+
+    def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
+        return (*layer.groups, layer.columns, layer.columns)
+
+    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:  # line 11
+        state["H_A"].copy_(inverse_factor(layer, first.As, math.sqrt(group["damping"]), "H_A"))
+        self._count(state, {"A taken": 1})
+
+    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
+        ratio, mu2 = dot(s, y) / dot(y, y), math.sqrt(group["damping"])
+        damped = double_damping(s, y, y, mu1=group["mu1"], mu2=mu2)  # line 14, Algorithm 4: H = I
+        self._note_G(
+            state, ratio, ratio < group["mu1"], lbfgs_push_(state["S"], state["Y"], *damped)
+        )  # line 15

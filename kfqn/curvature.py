@@ -1,7 +1,8 @@
 """Statistics of A (KFAC's Ω), of G and of KFAC's Γ for one layer and one mini-batch of m data.
 
 Scales, the usual source of wrong factors: A is a mean over the data and a SUM over the
-locations T; ā, h̄, Dh̄ and Γ are means over both (`docs/decisions.md`, 4, 5 and 16).
+locations T; ā, h̄, Dh̄ and Γ are means over both (`docs/decisions.md`, 4, 5 and 16). Shapes start with
+*g, the groups of a convolution that has any (`kfqn.layers`).
 """
 
 import math
@@ -15,30 +16,31 @@ _BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
 
 
 def mean_activation(layer: Layer, a: Tensor) -> Tensor:
-    """ā = E_n[1/|T| Σ_t a_t(n)], (C,), for the layer's input ``a``: where the pair for H_A starts.
+    """ā = E_n[1/|T| Σ_t a_t(n)], (*g, C), for the layer's input ``a``: where the pair for H_A starts.
 
     Taking the mean over the data first leaves one datum's work.
     """
-    ones = a.new_ones(1, *layer.locations(a))
-    return layer.weighted_sum(_mean_over_data(a)[None], ones) / ones.numel()
+    ones = a.new_ones(1, *layer.groups, *layer.locations(a))
+    return layer.weighted_sum(_mean_over_data(a)[None], ones) / math.prod(layer.locations(a))
 
 
 def second_moment_matvec(layer: Layer, a: Tensor, v: Tensor) -> Tensor:
-    """A v = E_n[Σ_t (a_t(n)ᵀ v) a_t(n)], (C,), eq. (13), without forming A or any a_t."""
+    """A v = E_n[Σ_t (a_t(n)ᵀ v) a_t(n)], (*g, C), eq. (13), without forming A or any a_t."""
     return layer.weighted_sum(a, layer.inner(a, v)) / len(a)
 
 
 def second_moment(layer: Layer, a: Tensor) -> Tensor:
-    """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (C, C), eq. (8): dense, O(m|T|C²), for the start only.
+    """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (*g, C, C), eq. (8): dense, O(m|T|C²), for the start only.
 
     The a_t are written out for a few data at a time, so memory stays bounded.
     """
-    A = a.new_zeros(layer.columns, layer.columns)
-    data = max(1, _BLOCK // (math.prod(layer.locations(a)) * layer.columns))
+    g, C = layer.groups, layer.columns
+    A = a.new_zeros(math.prod(g), C, C)
+    data = max(1, _BLOCK // (math.prod((*g, *layer.locations(a))) * C))
     for block in a.split(data):
-        at = layer.patches(block).flatten(0, 1)
-        A.addmm_(at.T, at)
-    return A / len(a)
+        at = layer.patches(block).movedim(0, -3).reshape(len(A), -1, C)
+        A.baddbmm_(at.mT, at)
+    return A.view(*g, C, C) / len(a)
 
 
 def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
@@ -48,36 +50,36 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
     digits; that is slow on GPUs with little float64. Raises ValueError if A is not finite.
     """
     exact = A.to(torch.float32 if A.device.type == "mps" else torch.float64, copy=True)
-    exact.diagonal().add_(damping)
+    exact.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, info = torch.linalg.cholesky_ex(exact)
-    if not A.isfinite().all() or info != 0:
+    if not A.isfinite().all() or info.any():
         raise ValueError("the matrix to invert is not finite and positive")
     return torch.cholesky_inverse(factor).to(A.dtype)
 
 
 def mean_preactivation(h: Tensor) -> Tensor:
-    """h̄ = E_n[1/|T| Σ_t h_t(n)], (I,), the mean that eq. (10) subtracts; ``h`` is (m, I, *T)."""
-    return _mean_over_data(h).view(h.shape[1], -1).mean(1)
+    """h̄ = E_n[1/|T| Σ_t h_t(n)], (*g, I), the mean that eq. (10) subtracts; ``h`` is (m, *g, I, |T|)."""
+    return _mean_over_data(h).mean(-1)
 
 
 def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
-    """Dh̄ = E_n[1/|T| Σ_t Dh_t(n)], (I,), the mean that eq. (11) subtracts.
+    """Dh̄ = E_n[1/|T| Σ_t Dh_t(n)], (*g, I), the mean that eq. (11) subtracts.
 
-    ``gradient`` (m, I, *T) is autograd's, of a loss that is a mean over the batch; Dh
-    belongs to one datum's loss, hence the factor m (`docs/decisions.md`, 3).
+    ``gradient`` (m, *g, I, |T|) is autograd's, of a loss that is a mean over the batch; Dh
+    belongs to one datum's loss, hence a factor m (`docs/decisions.md`, 3).
     """
     return len(gradient) * mean_preactivation(gradient)
 
 
 def second_moment_of_gradient(gradient: Tensor) -> Tensor:
-    """Γ = E_n[1/|T| Σ_t Dh_t(n) Dh_t(n)ᵀ], (I, I), of Algorithm 5.
+    """Γ = E_n[1/|T| Σ_t Dh_t(n) Dh_t(n)ᵀ], (*g, I, I), of Algorithm 5.
 
-    ``gradient`` (m, I, *T) as in `mean_preactivation_gradient`, but of sampled labels; Dh is m
+    ``gradient`` (m, *g, I, |T|) as in `mean_preactivation_gradient`, but of sampled labels; Dh is m
     times it.
     """
-    m = len(gradient)
-    Dh = gradient.movedim(1, 0).flatten(1)
-    return (Dh @ Dh.T).mul_(m / (Dh.shape[1] / m))
+    m, locations = len(gradient), gradient.shape[-1]
+    Dh = gradient.movedim(0, -2).flatten(-2)
+    return (Dh @ Dh.mT).mul_(m / locations)
 
 
 def _mean_over_data(x: Tensor) -> Tensor:

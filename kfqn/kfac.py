@@ -3,24 +3,17 @@
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from kfqn.capture import Seen, capture
+from kfqn.capture import Look, Seen
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
+from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.optimizer import (
-    Group,
-    KroneckerOptimizer,
-    Moments,
-    Others,
-    State,
-    adamw,
-    inverse_factor,
-)
+from kfqn.optimizer import KroneckerOptimizer, LayersSeen, Moments, inverse_factor
 from kfqn.second_pass import Rewind, random_state, second_pass
 from kfqn.settings import checked_settings
 
@@ -67,6 +60,9 @@ class KFAC(KroneckerOptimizer):
         ValueError: as `KFBFGS`.
     """
 
+    _counted = ("resets", "Omega skipped", "Gamma skipped", "inversions", "not inverted")
+    _first_look = Look(inputs=True, Dh=lambda gradient: gradient.new_zeros(()))
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,29 +77,34 @@ class KFAC(KroneckerOptimizer):
         momentum: float = 0.0,
         averaging: float = 0.0,
         seed: int | None = None,
+        decoupled_weight_decay: bool = False,
+        groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
         settings = checked_settings(
             lr=lr,
             damping=damping,
             beta=beta,
             weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
             inverse_interval=inverse_interval,
+            pi=pi,
+            clip=clip,
             momentum=momentum,
             averaging=averaging,
         )
-        if clip is not None:
-            checked_settings(clip=clip)
-        if seed is None:
-            seed = torch.initial_seed()
-        super().__init__(model, settings | {"pi": pi, "clip": clip, "seed": seed, "k": 0, "drawn": 0}, others)
+        settings |= {"seed": torch.initial_seed() if seed is None else seed, "k": 0, "drawn": 0}
+        super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        rows, columns = layer.rows, layer.columns
-        shapes: dict[str, tuple[int, ...]] = {"DW": (rows, columns)}
-        shapes |= dict.fromkeys(("Omega", "H_Omega"), (columns, columns))
-        shapes |= dict.fromkeys(("Gamma", "H_Gamma"), (rows, rows))
-        return shapes | ({"mean_W": (rows, columns)} if group["averaging"] else {})
+        g, rows, columns = layer.groups, layer.rows, layer.columns
+        shapes: dict[str, tuple[int, ...]] = {"DW": (*g, rows, columns)}
+        shapes |= dict.fromkeys(("Omega", "H_Omega"), (*g, columns, columns))
+        shapes |= dict.fromkeys(("Gamma", "H_Gamma"), (*g, rows, rows))
+        return shapes | ({"mean_W": (*g, rows, columns)} if group["averaging"] else {})
 
     def _check_closure(self, closure: Any) -> None:
         if not callable(getattr(closure, "sampled", None)):
@@ -117,46 +118,51 @@ class KFAC(KroneckerOptimizer):
                 "function sample(output, generator) that draws targets."
             )
 
-    def _first_pass(self) -> contextlib.AbstractContextManager[dict[Layer, Seen]]:
-        return capture(self._layers, inputs=True, Dh=lambda gradient: gradient.new_zeros(()))
-
-    def _sampled_pass(self, closure: Any, rewind: Rewind, *, inputs: bool) -> dict[Layer, Seen]:
+    def _sampled_pass(self, closure: Any, rewind: Rewind, *, inputs: bool) -> LayersSeen:
         """Line 10: the batch again, with targets of the model's own; ``Dh`` of a layer is its Γ."""
-        group = self._group
+        group = self._own_groups()[0]
         mixed = random.Random(f"{group['seed']} {group['drawn']}").getrandbits(32)
         generator = torch.Generator(self._layers[0].weight.device).manual_seed(mixed)
         group["drawn"] += 1
-        with second_pass(self._model, rewind), torch.enable_grad():
-            with capture(self._layers, inputs=inputs, Dh=second_moment_of_gradient) as seen:
+        look = Look(inputs=inputs, Dh=second_moment_of_gradient, frozen=True)
+        running = self._watch.data_parallel
+        alone = running.no_sync() if running is not None else contextlib.nullcontext()
+        with second_pass(self._model, rewind), torch.enable_grad(), alone:
+            with self._watch.looking(look) as seen:
                 closure.sampled(generator)
-        return {layer: record for layer, record in seen.items() if record.Dh is not None}
+        return seen
 
-    def _first_moments(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> dict[Layer, Moments]:
-        sampled = self._sampled_pass(closure, rewind, inputs=False)
-        for layer in before:
+    def _moment_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        g, rows, columns = layer.groups, layer.rows, layer.columns
+        return {"Omega": (*g, columns, columns), "Gamma": (*g, rows, rows)}
+
+    def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
+        if closure is None:
+            raise RuntimeError(
+                "KFAC starts from targets drawn from the model's predictions: give its first step a "
+                "closure of kfqn.closure, or call warm_start."
+            )
+        sampled = self._sampled_pass(closure, self._rewind, inputs=False)
+        for layer in seen:
             if layer not in sampled:
                 raise RuntimeError(
                     f"{layer} got a gradient from the loss but none with sampled targets: the model must do "
                     "the same in every pass over a batch."
                 )
         with self._full_precision():
-            return {layer: _moments(layer, seen.input(), sampled[layer]) for layer, seen in before.items()}
+            return {layer: _moments(record, sampled[layer]) for layer, record in seen.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         self._check_closure(batch)
         devices = {layer.weight.device for layer in self._layers}
         seen = self._sampled_pass(batch, random_state(devices), inputs=True)
         with self._full_precision():
-            return {
-                layer: (_moments(layer, record.input(), record), len(record.input()))
-                for layer, record in seen.items()
-            }
+            return {layer: (_moments(record, record), record.data) for layer, record in seen.items()}
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:  # line 1
         Omega, Gamma = moments["Omega"], moments["Gamma"]
         lambda_Omega, lambda_Gamma = _split(Omega, Gamma, group)
         state = {
-            "DW": Omega.new_zeros(layer.rows, layer.columns),
             "Omega": Omega,
             "H_Omega": inverse_factor(layer, Omega, lambda_Omega, "H_Ω"),
             "Gamma": Gamma,
@@ -164,42 +170,52 @@ class KFAC(KroneckerOptimizer):
         }
         return state | ({"mean_W": layer.W()} if group["averaging"] else {})
 
-    def _directions(self, gradients: dict[Layer, Tensor], group: Group) -> Iterator[tuple[Layer, Tensor]]:
-        momentum, beta, directions, slope = group["momentum"], group["beta"], {}, 0.0
-        for layer, DW in gradients.items():
-            state = self.state[layer.weight]
-            if not momentum:
-                DW = state["DW"].lerp_(DW, 1 - beta)  # line 6
-            P = state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7
-            if group["clip"] is None and not momentum:
-                yield layer, P  # line 8
-            else:
-                directions[layer] = P
-                slope = slope + (P * DW).sum()
-        scale = _clipping(slope, group) if directions else 1.0
-        for layer, P in directions.items():
-            clipped = P * scale
-            yield layer, self.state[layer.weight]["DW"].mul_(momentum).add_(clipped) if momentum else clipped
+    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
+        return DW if group["momentum"] else state["DW"].lerp_(DW, 1 - group["beta"])  # line 6
 
-    def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:  # line 12
-        _average(state["Omega"], second_moment(layer, a), group)
+    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
+        return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7
 
-    def _look_again(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> None:
-        group = self._group
-        group["k"] += 1
-        if group["averaging"]:
-            for layer in before:
-                W = layer.W()
-                self.state[layer.weight].setdefault("mean_W", W).lerp_(W, 1 - group["averaging"])
-        sampled = self._sampled_pass(closure, rewind, inputs=False)
+    def _accumulated(self, P: Tensor, state: State, group: Group) -> Tensor:
+        return state["DW"].mul_(group["momentum"]).add_(P) if group["momentum"] else P
+
+    def _learn(self, seen: LayersSeen, closure: Any) -> None:
+        if closure is None:
+            self._warn("step() without a closure of kfqn.closure learns nothing about curvature.")
+            return
+        for group in self._own_groups():
+            group["k"] += 1
         with self._full_precision():
-            for layer in before:
-                if layer in sampled:
-                    _average(self.state[layer.weight]["Gamma"], sampled[layer].gradient(), group)  # line 12
-            if group["k"] % group["inverse_interval"] == 0:  # line 13
-                for layer in self._layers:
-                    if self.state.get(layer.weight):
-                        invert(self.state[layer.weight], group)
+            self._take_in("Omega", {layer: record.sum(second_moment) for layer, record in seen.items()})
+        for layer, record in seen.items():
+            record.let_go()
+            group, state = self._group(layer), self.state.get(layer.weight, {})
+            if group["averaging"] and state:
+                W = layer.W()
+                state.setdefault("mean_W", W).lerp_(W, 1 - group["averaging"])
+        sampled = self._sampled_pass(closure, self._rewind, inputs=False)
+        with self._full_precision():
+            self._take_in("Gamma", {layer: sampled[layer].Dh() for layer in seen if layer in sampled})
+            self._invert()
+
+    def _take_in(self, name: str, own: dict[Layer, Tensor]) -> None:
+        """Line 12: average a second moment over processes and steps; one that is not finite is left out."""
+        for layer in self._layers:
+            shapes = {name: self._moment_shapes(layer)[name]}
+            of_layer = {name: own.pop(layer)} if layer in own else {}
+            mean = self._ranks.means(of_layer, shapes, layer.W()).get(name)
+            state = self.state.get(layer.weight)
+            if state and mean is not None:
+                finite = mean.isfinite().all()
+                state[name].lerp_(torch.where(finite, mean, state[name]), 1 - self._group(layer)["beta"])
+                self._count(state, {f"{name} skipped": ~finite})
+
+    def _invert(self) -> None:
+        """Lines 13 and 14, for every layer whose turn it is."""
+        for layer in self._layers:
+            state, group = self.state.get(layer.weight), self._group(layer)
+            if state and group["k"] % group["inverse_interval"] == 0:
+                self._count(state, {"inversions": 1, "not inverted": 2 - invert(state, group)})
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -207,7 +223,7 @@ class KFAC(KroneckerOptimizer):
         pairs = [
             (layer, state["mean_W"])
             for layer in self._layers
-            if self._group["averaging"] and "mean_W" in (state := self.state.get(layer.weight, {}))
+            if self._group(layer)["averaging"] and "mean_W" in (state := self.state.get(layer.weight, {}))
         ]
         own = [layer.W() for layer, _ in pairs]
         with torch.no_grad():
@@ -221,13 +237,8 @@ class KFAC(KroneckerOptimizer):
                     layer.set_(W)
 
 
-def _moments(layer: Layer, a: Tensor, sampled: Seen) -> Moments:
-    return {"Omega": second_moment(layer, a), "Gamma": sampled.gradient()}
-
-
-def _average(old: Tensor, new: Tensor, group: Group) -> None:
-    """Line 12, in place; a second moment that is not finite is left out."""
-    old.lerp_(torch.where(new.isfinite().all(), new, old), 1 - group["beta"])
+def _moments(first: Seen, sampled: Seen) -> Moments:
+    return {"Omega": first.sum(second_moment), "Gamma": sampled.Dh()}
 
 
 def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, float | Tensor]:
@@ -236,20 +247,17 @@ def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, 
     if not group["pi"]:
         return damping, damping
     smallest = torch.finfo(Omega.dtype).tiny
-    pi = (Omega.diagonal().mean().clamp(min=smallest) / Gamma.diagonal().mean().clamp(min=smallest)).sqrt()
+    means = [M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=smallest) for M in (Omega, Gamma)]
+    pi = (means[0] / means[1]).sqrt()
     return damping * pi, damping / pi
 
 
-def invert(state: State, group: Group) -> None:
-    """Line 14; a factor that cannot be inverted keeps its last inverse."""
+def invert(state: State, group: Group) -> int:
+    """Line 14; a factor that cannot be inverted keeps its last inverse. Says how many could be."""
     lambda_Omega, lambda_Gamma = _split(state["Omega"], state["Gamma"], group)
+    inverted = 0
     for name, damping in (("Omega", lambda_Omega), ("Gamma", lambda_Gamma)):
         with contextlib.suppress(ValueError):
             state[f"H_{name}"].copy_(damped_inverse(state[name], damping))
-
-
-def _clipping(slope: float | Tensor, group: Group) -> float | Tensor:
-    """min(1, √(κ / (α² Σ ⟨P, D̂W⟩))), 1 without clipping."""
-    if group["clip"] is None:
-        return 1.0
-    return torch.sqrt(group["clip"] / (group["lr"] ** 2 * torch.as_tensor(slope))).clamp(max=1.0)
+            inverted += 1
+    return inverted

@@ -6,6 +6,10 @@ there is a bias. For a batch of m data its input becomes the vectors a_t(n) of l
 one for every datum n and location t ∈ T, and its output is h_t = W a_t, eq. (1). For a
 `Linear` layer |Δ| = 1, and T is whatever stands between batch and features.
 
+A convolution with g groups is g such layers side by side: ``groups`` is then (g,), and every
+shape starts with it: W (g, I, C) for the I outputs and J inputs of one group. For every other layer
+``groups`` is (), so the shapes are the paper's; below they are written (*g, …).
+
 Each class turns an input tensor into those vectors without ever storing them: the two
 products with all a_t that the method needs (`inner`, `weighted_sum`) cost about as much
 as reading the input. Only `patches` writes them out.
@@ -13,49 +17,63 @@ as reading the input. Only `patches` writes them out.
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Layer(ABC):
-    """A module with weight and bias, as one matrix W of shape (`rows`, `columns`) = (I, C).
+    """A weight and perhaps a bias as one matrix W (*g, I, C), and the modules that apply it.
 
-    ``fan_in`` = J|Δ| of the columns are the weight's. ``weight`` stands for the whole layer: it is
-    the key of the layer's optimizer state. ``bias`` is None where there is none to train.
-    ``dtype`` is what statistics and factors are kept in: the weight's type, but at least float32.
+    ``fan_in`` = J|Δ| of the ``columns`` are the weight's, I is ``rows``. There are several ``modules``
+    where they share the weight, all alike; each is then one more place at which the layer acts.
+    ``weight`` stands for the whole layer: it is the key of the layer's optimizer state. ``bias`` is
+    None where there is none to train, or the modules have each their own.
     """
 
-    def __init__(self, name: str, module: nn.Linear | Convolution) -> None:
-        self.name = name
-        self.module: nn.Module = module
-        self.weight: Tensor = module.weight
-        trained = module.bias is not None and module.bias.requires_grad
-        self.bias: Tensor | None = module.bias if trained else None
-        self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        self.rows, self.fan_in = len(module.weight), module.weight[0].numel()  # I and J|Δ|
-        self.columns = self.fan_in + trained
+    def __init__(
+        self, names: Sequence[str], modules: Sequence[nn.Linear | Convolution], bias: Tensor | None
+    ) -> None:
+        self.names, self.modules = tuple(names), tuple(modules)
+        self.weight: Tensor = modules[0].weight
+        self.bias = bias
+        self.groups: tuple[int, ...] = ()
+        self.fan_in = self.weight[0].numel()  # J|Δ|
+        self.columns = self.fan_in + (bias is not None)
+
+    @property
+    def rows(self) -> int:
+        """I, the outputs of a group."""
+        return len(self.weight) // math.prod(self.groups)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What statistics and factors are kept in: the weight's type, but at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def name(self) -> str:
+        """The module's name in the model, or the names of all that share the weight."""
+        return ", ".join(self.names)
 
     def __str__(self) -> str:
-        return f"'{self.name}' ({type(self.module).__name__})"
+        return f"'{self.name}' ({type(self.modules[0]).__name__})"
 
     def parameters(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> Tensor:
-        """The parameters as one matrix (I, C)."""
+        """The parameters as one matrix (*g, I, C)."""
         return self._matrix(self.weight, self.bias)
 
     def DW(self) -> Tensor | None:
-        """The gradients as one matrix (I, C), on the scale of ``.grad``; None without any.
+        """The gradients as one matrix (*g, I, C), on the scale of ``.grad``; None without any.
 
         Raises RuntimeError if only one of weight and bias has a gradient.
         """
@@ -71,30 +89,35 @@ class Layer(ABC):
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
-        return torch.cat(columns, dim=1).to(self.dtype)
+        return torch.cat(columns, dim=1).to(self.dtype).view(*self.groups, self.rows, self.columns)
 
     def add_(self, P: Tensor, alpha: float) -> None:
-        """W += alpha P in place, for P of shape (I, C)."""
-        self.weight.add_(P[:, : self.fan_in].view_as(self.weight).to(self.weight.dtype), alpha=alpha)
-        if self.bias is not None:
-            self.bias.add_(P[:, self.fan_in].to(self.bias.dtype), alpha=alpha)
+        """W += alpha P in place, for P of shape (*g, I, C)."""
+        for p, part in self._parts(P):
+            p.add_(part.to(p.dtype), alpha=alpha)
 
     def set_(self, W: Tensor) -> None:
-        """Make W, of shape (I, C), the parameters, in place."""
-        self.weight.copy_(W[:, : self.fan_in].view_as(self.weight))
+        """Make W, of shape (*g, I, C), the parameters, in place."""
+        for p, part in self._parts(W):
+            p.copy_(part)
+
+    def _parts(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with its share of a matrix (*g, I, C)."""
+        yield self.weight, W[..., : self.fan_in].reshape(self.weight.shape)
         if self.bias is not None:
-            self.bias.copy_(W[:, self.fan_in])
+            yield self.bias, W[..., self.fan_in].reshape(self.bias.shape)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:-1], 1)), dim=-1)
 
-    def channels_first(self, h: Tensor) -> Tensor:
-        """The module's output with its I numbers in the second dimension, (m, I, *T)."""
-        return h
+    def preactivation(self, h: Tensor) -> Tensor:
+        """The module's output, or the gradient of it, as (m, *g, I, |T|)."""
+        by_group: Tensor = h.unflatten(1, (*self.groups, self.rows))
+        return by_group.flatten(2 + len(self.groups))
 
     @abstractmethod
-    def check_input(self, a: Tensor) -> None:
-        """Raise ValueError for an input that is not a batch of what the layer takes."""
+    def wrong_input(self, a: Tensor) -> str | None:
+        """Why an input is not a batch of what the layer takes; None if it is."""
 
     @abstractmethod
     def locations(self, a: Tensor) -> tuple[int, ...]:
@@ -102,30 +125,31 @@ class Layer(ABC):
 
     @abstractmethod
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
-        """a_t(n)ᵀ v for every n and t, (m, *T), for ``v`` of shape (C,)."""
+        """a_t(n)ᵀ v for every n and t, (m, *g, *T), for ``v`` of shape (*g, C)."""
 
     @abstractmethod
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        """Σ_n Σ_t u_t(n) a_t(n), (C,), for weights ``u`` of shape (m, *T): the adjoint of `inner`."""
+        """Σ_n Σ_t u_t(n) a_t(n), (*g, C), for weights ``u`` of shape (m, *g, *T): the adjoint of `inner`."""
 
     @abstractmethod
     def patches(self, a: Tensor) -> Tensor:
-        """The vectors a_t(n) themselves, (m, |T|, C)."""
+        """The vectors a_t(n) themselves, (m, *g, |T|, C)."""
 
 
 @final
 class LinearLayer(Layer):
     """`torch.nn.Linear` on an input of shape (m, *T, J): dimensions between are locations."""
 
-    def channels_first(self, h: Tensor) -> Tensor:
-        return h.movedim(-1, 1)
+    def preactivation(self, h: Tensor) -> Tensor:
+        return h.flatten(1, -2).mT if h.ndim > 2 else h[..., None]
 
-    def check_input(self, a: Tensor) -> None:
-        if a.ndim < 2:
-            raise ValueError(
-                f"{self} takes inputs of shape (batch, ..., features) here, but got {tuple(a.shape)}: "
-                "add the batch dimension with x[None]."
-            )
+    def wrong_input(self, a: Tensor) -> str | None:
+        if a.ndim >= 2:
+            return None
+        return (
+            f"{self} takes inputs of shape (batch, ..., features) here, but got {tuple(a.shape)}: "
+            "add the batch dimension with x[None]."
+        )
 
     def locations(self, a: Tensor) -> tuple[int, ...]:
         return tuple(a.shape[1:-1])
@@ -145,26 +169,29 @@ class LinearLayer(Layer):
 
 @final
 class ConvolutionLayer(Layer):
-    """`torch.nn.Conv1d`, `Conv2d` or `Conv3d` with groups = 1, on a batch of J-channel inputs.
+    """`torch.nn.Conv1d`, `Conv2d` or `Conv3d` on a batch of images with J channels a group.
 
     No a_t is written out for the products: the channels are mixed first, with one product of
     size |Δ| × J, which leaves one map z_k per offset δ_k of the filter, and the a_t are then met
     through windows of those maps.
     """
 
-    def __init__(self, name: str, module: Convolution) -> None:
-        super().__init__(name, module)
+    def __init__(self, names: Sequence[str], modules: Sequence[Convolution], bias: Tensor | None) -> None:
+        super().__init__(names, modules, bias)
+        module = modules[0]
+        self.groups = (module.groups,) if module.groups > 1 else ()
         self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
         self.pad = list(_pad(module))
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
-    def check_input(self, a: Tensor) -> None:
+    def wrong_input(self, a: Tensor) -> str | None:
         expected = 2 + len(self.kernel)
-        if a.ndim != expected:
-            raise ValueError(
-                f"{self} takes inputs of {expected} dimensions, (batch, channels, locations), here, "
-                f"but got {tuple(a.shape)}: add the batch dimension with x[None]."
-            )
+        if a.ndim == expected:
+            return None
+        return (
+            f"{self} takes inputs of {expected} dimensions, (batch, channels, locations), here, "
+            f"but got {tuple(a.shape)}: add the batch dimension with x[None]."
+        )
 
     def locations(self, a: Tensor) -> tuple[int, ...]:
         sizes = zip(_padded_size(a, self.pad), self.kernel, self.stride, self.dilation, strict=True)
@@ -174,35 +201,45 @@ class ConvolutionLayer(Layer):
         return F.pad(x, self.pad, self.mode) if any(self.pad) else x
 
     def _windows(self, z: Tensor, T: tuple[int, ...]) -> Tensor:
-        """A view (m, *Δ, *T) of the maps z (m, *Δ, *padded): z_k(n) where offset δ_k meets it at t."""
+        """A view (n, *Δ, *T) of the maps z (n, *Δ, *padded): z_k where offset δ_k meets it at t."""
         maps, steps = z.stride()[1 : 1 + len(T)], z.stride()[1 + len(T) :]
         along_T = (s * step for s, step in zip(self.stride, steps, strict=True))
         diagonal = (m + d * step for m, d, step in zip(maps, self.dilation, steps, strict=True))
         return z.as_strided((len(z), *self.kernel, *T), (z.stride(0), *diagonal, *along_T))
 
+    def _by_group(self, a: Tensor) -> Tensor:
+        """The images of each group, (m, *g, J, locations)."""
+        images: Tensor = a.flatten(2).unflatten(1, (*self.groups, -1))
+        return images
+
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
-        filters = v[: self.fan_in].view(-1, math.prod(self.kernel)).T
-        z = self._padded((filters @ a.flatten(2)).unflatten(2, a.shape[2:]))
-        u = self._windows(z.unflatten(1, self.kernel), T).flatten(1, len(T)).sum(1)
-        return u if self.bias is None else u + v[-1]
+        filters = v[..., : self.fan_in].unflatten(-1, (-1, math.prod(self.kernel))).mT
+        z = (filters @ self._by_group(a)).unflatten(-1, a.shape[2:])  # (m, *g, |Δ|, *size)
+        z = self._padded(z.flatten(0, len(self.groups))).unflatten(1, self.kernel)
+        u: Tensor = self._windows(z, T).flatten(1, len(T)).sum(1).unflatten(0, (-1, *self.groups))
+        return u if self.bias is None else u + v[..., -1].view(*self.groups, *[1] * len(T))
 
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        T = tuple(u.shape[1:])
-        z = u.new_zeros(len(u), *self.kernel, *_padded_size(a, self.pad))
-        self._windows(z, T).copy_(u.view(len(u), *[1] * len(T), *T))
+        T, g = self.locations(a), len(self.groups)
+        z = u.new_zeros(math.prod(u.shape[: 1 + g]), *self.kernel, *_padded_size(a, self.pad))
+        self._windows(z, T).copy_(u.reshape(len(z), *[1] * len(T), *T))
         if self.mode == "constant":
             z = F.pad(z, [-p for p in self.pad]) if any(self.pad) else z  # padding counts for nothing
         else:
             a = self._padded(a)
-        sums = (z.flatten(1, len(T)).flatten(2) @ a.flatten(2).mT).sum(0).T.flatten()
-        return sums if self.bias is None else torch.cat((sums, u.sum()[None]))
+        z = z.flatten(1, len(T)).flatten(2).unflatten(0, (-1, *self.groups))  # (m, *g, |Δ|, locations)
+        sums: Tensor = (z @ self._by_group(a).mT).sum(0).mT.flatten(-2)
+        if self.bias is None:
+            return sums
+        return torch.cat((sums, u.flatten(1 + g).sum((0, -1))[..., None]), dim=-1)
 
     def patches(self, a: Tensor) -> Tensor:
         T, a = self.locations(a), self._padded(a)
         size = a.shape[2:]
         maps = a.reshape(-1, *[1] * len(T), *size).expand(-1, *self.kernel, *size)
-        return self._with_ones(self._windows(maps, T).reshape(len(a), -1, math.prod(T)).mT)
+        windows = self._windows(maps, T).reshape(len(a), *self.groups, -1, math.prod(T))
+        return self._with_ones(windows.mT)
 
 
 def _padded_size(a: Tensor, pad: Sequence[int]) -> list[int]:
@@ -219,45 +256,3 @@ def _pad(module: Convolution) -> Iterator[int]:
             yield from (0, 0)
         else:
             yield from (int(module.padding[i]),) * 2
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """The trainable layers of a model that have factors, in the order of its modules.
-
-    A bias frozen by itself leaves a layer without homogeneous coordinate; a frozen weight, or a
-    weight that several modules share, leaves no layer. Raises ValueError for an uninitialised lazy
-    module, naming it, and for a model with no layer at all.
-    """
-    uses = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    layers = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if any(is_lazy(p) for p in own.values()):
-            where = f"'{name or 'the model itself'}' ({type(module).__name__})"
-            raise ValueError(f"{where} has no shape yet: run one batch through the model first.")
-        alone = all(uses[p] == 1 for p in own.values())
-        if alone and "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].requires_grad:
-            layer = _layer(name, module)
-            layers += [layer] if layer is not None else []
-    if not layers:
-        raise ValueError(
-            "the model has no trainable Linear, Conv1d, Conv2d or Conv3d layer, so there is nothing "
-            "to precondition: use a torch.optim optimizer for it."
-        )
-    return layers
-
-
-def other_parameters(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
-    """Every trainable parameter, by name, that belongs to none of the layers."""
-    taken = {id(p) for layer in layers for p in layer.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
-
-
-def _layer(name: str, module: nn.Module) -> Layer | None:
-    # Exact types: a subclass may compute something else from the same parameters.
-    if type(module) is nn.Linear:
-        return LinearLayer(name, module)
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        assert isinstance(module, Convolution)
-        return ConvolutionLayer(name, module) if module.groups == 1 else None
-    return None

@@ -2,16 +2,18 @@
 
 import math
 from abc import abstractmethod
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor, nn
 
-from kfqn.curvature import mean_activation, second_moment_matvec
+from kfqn.capture import Seen
+from kfqn.curvature import second_moment_matvec
+from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, Others, State, adamw
-from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, lbfgs_push_, matvec
 from kfqn.settings import checked_settings
-from kfqn.two_pass import TwoPassOptimizer
+from kfqn.two_pass import First, TwoPassOptimizer
 
 
 class KFQN(TwoPassOptimizer):
@@ -30,31 +32,39 @@ class KFQN(TwoPassOptimizer):
         """H_G V, (I, C), for ``V`` (I, C)."""
 
     @abstractmethod
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> None:
-        """Update H_G with a damped pair (line 18)."""
+    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
+        """Update H_G with a damped pair (line 18); say where it was done, (*g,)."""
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        rows, columns = layer.rows, layer.columns
-        shapes = {"DW": (rows, columns), "H_A": (columns, columns), "s_G": (rows,), "y_G": (rows,)}
-        return shapes | self._shapes_G(layer, group)
+        g, rows, columns = layer.groups, layer.rows, layer.columns
+        shapes = {"DW": (*g, rows, columns), "H_A": (*g, columns, columns)}
+        return shapes | {"s_G": (*g, rows), "y_G": (*g, rows)} | self._shapes_G(layer, group)
+
+    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
+        return state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
 
     def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        average = state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
-        return self._H_G(state, average @ state["H_A"])  # line 8
+        return self._H_G(state, DW @ state["H_A"])  # line 8
 
-    def _learn_A(self, layer: Layer, a: Tensor, state: State, group: Group) -> None:
-        lambda_A, H_A = math.sqrt(group["damping"]), state["H_A"]
-        s = H_A @ mean_activation(layer, a)  # line 13, eq. (12)
-        y = second_moment_matvec(layer, a, s) + lambda_A * s
-        bfgs_update_(H_A, s, y)  # line 14
+    def _probe(self, mean_a: Tensor, state: State) -> Tensor:
+        return matvec(state["H_A"], mean_a)  # line 13, eq. (12)
 
-    def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
-        lambda_G, beta = math.sqrt(group["damping"]), group["beta"]
-        s = state["s_G"].lerp_(dh, 1 - beta)  # line 16
-        y = state["y_G"].lerp_(dDh, 1 - beta)
-        Hy = self._H_G(state, y[:, None])[:, 0]
-        damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=lambda_G)  # line 17
-        self._update_G(state, *damped)  # line 18
+    def _answer(self, record: Seen, s: Tensor) -> Tensor:
+        return record.sum(lambda layer, a: second_moment_matvec(layer, a, s))
+
+    def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
+        return (*layer.groups, layer.columns)
+
+    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
+        y = first.As + math.sqrt(group["damping"]) * first.s  # λ_A = √λ
+        used = bfgs_update_(state["H_A"], first.s, y)  # line 14
+        self._count(state, {"A taken": used.sum(), "A skipped": (~used).sum()})
+
+    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
+        Hy = self._H_G(state, y[..., None])[..., 0]
+        ratio = dot(s, y) / dot(y, Hy)
+        damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=math.sqrt(group["damping"]))  # line 17
+        self._note_G(state, ratio, ratio < group["mu1"], self._update_G(state, *damped))  # line 18
 
 
 @final
@@ -105,22 +115,36 @@ class KFBFGS(KFQN):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings, others)
+        settings = checked_settings(
+            lr=lr,
+            damping=damping,
+            beta=beta,
+            mu1=mu1,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            clip=clip,
+        )
+        super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        return {"H_G": (layer.rows, layer.rows)}
+        return {"H_G": (*layer.groups, layer.rows, layer.rows)}
 
     def _start_G(self, state: State) -> None:
-        state["H_G"].fill_diagonal_(1)
+        state["H_G"].diagonal(dim1=-2, dim2=-1).fill_(1)
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return state["H_G"] @ V
 
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> None:
-        bfgs_update_(state["H_G"], s, y)
+    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
+        return bfgs_update_(state["H_G"], s, y)
 
 
 @final
@@ -144,13 +168,28 @@ class KFLBFGS(KFQN):
         beta: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        settings = checked_settings(lr=lr, damping=damping, beta=beta, mu1=mu1, weight_decay=weight_decay)
-        super().__init__(model, settings | checked_settings(history_size=history_size), others)
+        settings = checked_settings(
+            lr=lr,
+            damping=damping,
+            history_size=history_size,
+            beta=beta,
+            mu1=mu1,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            clip=clip,
+        )
+        super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("S", "Y"), (group["history_size"], layer.rows))
+        return dict.fromkeys(("S", "Y"), (*layer.groups, group["history_size"], layer.rows))
 
     def _start_G(self, state: State) -> None:
         """An empty history already stands for I."""
@@ -158,5 +197,5 @@ class KFLBFGS(KFQN):
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return lbfgs_matmul(state["S"], state["Y"], V)
 
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> None:
-        lbfgs_push_(state["S"], state["Y"], s, y)
+    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
+        return lbfgs_push_(state["S"], state["Y"], s, y)

@@ -16,9 +16,11 @@ _RANGES = {  # low, high, whether low itself is allowed
 _WHOLE = ("history_size", "inverse_interval")
 
 
-def checked_settings(**settings: float) -> dict[str, Any]:
-    """The settings as a group; ValueError for one that is out of range."""
+def checked_settings(**settings: Any) -> dict[str, Any]:
+    """The settings as a group; ValueError for one that is out of range. None and flags are not looked at."""
     for name, value in settings.items():
+        if value is None or name not in (*_RANGES, *_WHOLE):
+            continue
         if name in _WHOLE:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")

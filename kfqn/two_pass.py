@@ -4,33 +4,78 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfqn.capture import Seen, capture
+from kfqn.capture import Look, Seen
 from kfqn.closures import Closure
-from kfqn.curvature import mean_preactivation, mean_preactivation_gradient, second_moment
+from kfqn.curvature import (
+    mean_activation,
+    mean_preactivation,
+    mean_preactivation_gradient,
+    second_moment,
+)
+from kfqn.groups import Group, State
 from kfqn.layers import Layer
-from kfqn.optimizer import Group, KroneckerOptimizer, Moments, State, inverse_factor
+from kfqn.optimizer import KroneckerOptimizer, LayersSeen, Moments, inverse_factor
 from kfqn.second_pass import Rewind, second_pass, unmoved_buffers
 
 
-class TwoPassOptimizer(KroneckerOptimizer):
-    """The loop of Algorithm 2 and of Algorithm 3: the same closure runs before and after the step.
+class First(NamedTuple):
+    """What is kept of a layer's first pass until the second: h̄ and Dh̄ (*g, I), s (*g, C), and A s."""
 
-    H_G learns how h̄ and Dh̄ change from one run to the other. A layer's first state has
-    H_A = (A + λ_A I)⁻¹ and zeros elsewhere.
+    h: Tensor
+    Dh: Tensor
+    s: Tensor
+    As: Tensor
+
+
+class TwoPassOptimizer(KroneckerOptimizer):
+    """The loop of Algorithm 2 and of Algorithm 3: the same loss before and after the step.
+
+    H_G learns how h̄ and Dh̄ change from one pass to the other, H_A from the inputs of the first. A layer's
+    first state has H_A = (A + λ_A I)⁻¹ and zeros elsewhere.
+
+    The first pass is any forward and backward pass, the second one either that of the closure given to
+    `step`, or what is done inside `second_pass`.
     """
 
-    @abstractmethod
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        """P in W ← W − α P, (I, C), from the mini-batch gradient ``DW`` (I, C)."""
+    _counted = ("resets", "A taken", "A skipped", "G taken", "G damped", "G skipped")
+    _first_look = Look(inputs=True, h=mean_preactivation, Dh=mean_preactivation_gradient)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._firsts: dict[Layer, First] = {}  # of a step whose second pass is still to come
+        self._rewinds: list[Rewind] = []
+        self._stepped = False
 
     @abstractmethod
-    def _learn_G(self, dh: Tensor, dDh: Tensor, state: State, group: Group) -> None:
-        """Take in how h̄ and Dh̄, (I,), changed from the first to the second pass."""
+    def _probe(self, mean_a: Tensor, state: State) -> Tensor:
+        """What A is asked for, (*g, C), given ā (*g, C): the s whose product A s is wanted."""
+
+    @abstractmethod
+    def _answer(self, record: Seen, s: Tensor) -> Tensor:
+        """A s of the first pass, or what else of A the method learns from."""
+
+    @abstractmethod
+    def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
+        """The shape of `_answer`."""
+
+    @abstractmethod
+    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
+        """Take in s and `_answer` of the first pass, after the step."""
+
+    @abstractmethod
+    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
+        """Take in the averaged pair s_G, y_G, (*g, I); zeros if this step's was not finite."""
+
+    def _note_G(self, state: State, ratio: Tensor, damped: Tensor, used: Tensor) -> None:
+        """Count what became of a pair, by group; ``ratio`` is sᵀy/yᵀHy before damping."""
+        self._count(state, {"G taken": used.sum(), "G damped": damped.sum(), "G skipped": (~used).sum()})
+        state["last"][1] = ratio.min()
 
     @abstractmethod
     def _start_G(self, state: State) -> None:
@@ -39,46 +84,24 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _check_closure(self, closure: Any) -> None:
         if not callable(closure):
             raise TypeError(
-                f"{self._name}.step needs a closure that clears the gradients, computes the loss, "
-                "calls backward and returns the loss, because it runs two passes over each batch."
+                f"{self._name}.step takes a closure that clears the gradients, computes the loss, "
+                f"calls backward and returns the loss, but got {type(closure).__name__}."
             )
 
-    def _first_pass(self) -> contextlib.AbstractContextManager[dict[Layer, Seen]]:
-        return capture(self._layers, inputs=True, h=mean_preactivation, Dh=mean_preactivation_gradient)
+    def _moment_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        return {"A": (*layer.groups, layer.columns, layer.columns)}
 
-    def _first_moments(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> dict[Layer, Moments]:
-        with self._full_precision():
-            return {layer: {"A": second_moment(layer, seen.input())} for layer, seen in before.items()}
+    def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
+        return {layer: {"A": record.sum(second_moment)} for layer, record in seen.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
-        with unmoved_buffers(self._model), capture(self._layers, inputs=True) as seen:
+        with unmoved_buffers(self._model), self._watch.looking(Look(inputs=True)) as seen:
             if isinstance(batch, Closure):
                 batch.output()
             else:
                 self._model(*batch if isinstance(batch, tuple | list) else (batch,))
-        inputs = {layer: record.input() for layer, record in seen.items()}
         with self._full_precision():
-            return {layer: ({"A": second_moment(layer, a)}, len(a)) for layer, a in inputs.items()}
-
-    def _directions(self, gradients: dict[Layer, Tensor], group: Group) -> Iterator[tuple[Layer, Tensor]]:
-        for layer, DW in gradients.items():
-            yield layer, self._direction(DW, self.state[layer.weight], group)
-
-    def _look_again(self, before: dict[Layer, Seen], closure: Any, rewind: Rewind) -> None:
-        reductions = {"h": mean_preactivation, "Dh": mean_preactivation_gradient}
-        with second_pass(self._model, rewind), torch.enable_grad():
-            with capture(self._layers, inputs=False, **reductions) as after:
-                closure()
-        if not after:
-            raise RuntimeError(
-                f"the closure given to {self._name}.step ran no layer in its second call, so the step was "
-                "taken without learning from it: it must do the same both times."
-            )
-        with self._full_precision():
-            for layer, old in before.items():
-                new = after.get(layer, Seen())
-                if old.h is not None and old.Dh is not None and new.h is not None and new.Dh is not None:
-                    self._learn_G(new.h - old.h, new.Dh - old.Dh, self.state[layer.weight], self._group)
+            return {layer: ({"A": record.sum(second_moment)}, record.data) for layer, record in seen.items()}
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         A, shapes = moments["A"], self._shapes(layer, group)
@@ -86,3 +109,112 @@ class TwoPassOptimizer(KroneckerOptimizer):
         state = {"H_A": inverse_factor(layer, A, math.sqrt(group["damping"]), "H_A")} | zeros
         self._start_G(state)
         return state
+
+    def _learn(self, seen: LayersSeen, closure: Any) -> None:
+        if self._firsts and closure is None:
+            self._warn(
+                "step() was called again without a second pass over the batch of the last step, so nothing "
+                "is learnt about curvature: run 'with optimizer.second_pass(): loss_fn(model(x), y)"
+                ".backward()' after each step, or give step a closure."
+            )
+        with self._full_precision():
+            self._firsts = self._first_of(seen)
+        starts = {use.start for record in seen.values() for use in record.uses if use.start is not None}
+        self._rewinds = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
+        for record in seen.values():
+            record.let_go()
+        self._stepped = True
+        if closure is not None:
+            with self.second_pass(rewind=self._rewind):
+                closure()
+
+    def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
+        """What the first pass says of every layer, over all processes."""
+        layers, like = self._layers, self._layers[0].W()
+        columns = {layer: (*layer.groups, layer.columns) for layer in layers}
+        rows = {layer: (*layer.groups, layer.rows) for layer in layers}
+        own = {(layer, "a"): record.mean(mean_activation) for layer, record in seen.items()}
+        own |= {(layer, "h"): record.h() for layer, record in seen.items()}
+        own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
+        shapes = {(layer, "a"): columns[layer] for layer in layers}
+        shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
+        means = self._ranks.means(own, shapes, like)
+        known = [layer for layer in layers if (layer, "h") in means]
+        probes = {
+            layer: self._probe(means[layer, "a"], self.state[layer.weight])
+            for layer in known
+            if layer.weight in self.state
+        }
+        probes = self._ranks.means(probes, columns, like)
+        answers = {layer: self._answer(seen[layer], probes[layer]) for layer in known if layer in seen}
+        answers = self._ranks.means(answers, {layer: self._answer_shape(layer) for layer in layers}, like)
+        return {
+            layer: First(means[layer, "h"], means[layer, "Dh"], probes[layer], answers[layer])
+            for layer in known
+        }
+
+    @contextlib.contextmanager
+    def second_pass(self, *, loss_scale: float = 1.0, rewind: Rewind = lambda: None) -> Iterator[None]:
+        """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
+
+        For a training loop without closures::
+
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            with optimizer.second_pass():
+                F.cross_entropy(model(x), y).backward()
+
+        The pass leaves no trace in the model (`kfqn.second_pass`); dropout draws the masks of the first.
+        Micro-batches are run again in the same order. ``loss_scale`` is the factor that both passes'
+        losses have been multiplied with, that of a `GradScaler`, whose ``update`` then comes after.
+        ``rewind`` puts the random state to where the first pass began; not needed where passes go
+        through the model's own ``forward``.
+
+        Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
+        no step was taken before, or nothing ran inside.
+        """
+        if not self._stepped and not self._watch.waiting:
+            raise RuntimeError(
+                "second_pass learns from the step just taken, but there was none since the last: call "
+                f"{self._name}.step() first."
+            )
+        firsts, self._firsts, self._stepped = self._firsts, {}, False
+        look = replace(self._first_look, inputs=False, frozen=True)
+        running = self._watch.data_parallel
+        alone = running.no_sync() if running is not None else contextlib.nullcontext()
+        with second_pass(self._model, rewind), torch.enable_grad(), alone:
+            with self._watch.looking(look, self._rewinds) as seen:
+                yield
+        if firsts and not seen and self._ranks.size == 1:
+            raise RuntimeError(
+                "the second pass ran no layer, so the step was taken without learning from it: it must do "
+                "the same as the first, in a closure as in second_pass()."
+            )
+        with torch.no_grad(), self._full_precision():
+            self._learn_from(firsts, seen, loss_scale)
+
+    def _learn_from(self, firsts: dict[Layer, First], seen: LayersSeen, loss_scale: float) -> None:
+        """Lines 11 to 18 of Algorithm 2 for every layer that both passes have shown."""
+        own = {(layer, "h"): record.h() for layer, record in seen.items()}
+        own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
+        rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
+        means = self._ranks.means(own, rows, self._layers[0].W())
+        for layer, first in firsts.items():
+            state, group = self.state.get(layer.weight), self._group(layer)
+            if not state:
+                continue  # another process has it
+            self._learn_A(layer, first, state, group)
+            if (layer, "h") in means:
+                dh = means[layer, "h"] - first.h
+                dDh = (means[layer, "Dh"] - first.Dh) / loss_scale
+                self._learn_G(*averaged_pair(dh, dDh, state, group), state, group)
+
+
+def averaged_pair(dh: Tensor, dDh: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor]:
+    """s_G and y_G with this step's changes of h̄ and Dh̄ averaged in; without, and zeros, if not finite."""
+    finite = (dh.isfinite() & dDh.isfinite()).all()
+    pair = []
+    for key, change in (("s_G", dh), ("y_G", dDh)):
+        average = state[key].lerp_(torch.where(finite, change, state[key]), 1 - group["beta"])
+        pair.append(torch.where(finite, average, 0.0))
+    return pair[0], pair[1]

@@ -42,6 +42,15 @@ LAYERS = {
     "conv, replicate": LayerCase(
         nn.Conv2d, (2, 3, 3), {"padding": 2, "padding_mode": "replicate", "stride": 2}, (2, 4, 5)
     ),
+    "conv, groups": LayerCase(nn.Conv2d, (4, 6, 3), {"groups": 2, "padding": 1}, (4, 4, 5)),
+    "conv, depthwise": LayerCase(nn.Conv2d, (3, 3, 3), {"groups": 3, "padding": 1, "bias": False}, (3, 4, 5)),
+    "conv, depthwise, two a channel": LayerCase(
+        nn.Conv2d,
+        (3, 6, (2, 3)),
+        {"groups": 3, "stride": 2, "padding": 1, "padding_mode": "circular"},
+        (3, 5, 4),
+    ),
+    "conv1d, groups": LayerCase(nn.Conv1d, (4, 4, 3), {"groups": 2, "dilation": 2}, (4, 9)),
     "conv1d": LayerCase(nn.Conv1d, (2, 3, 3), {"padding": 1, "stride": 2}, (2, 7)),
     "conv3d": LayerCase(nn.Conv3d, (2, 2, 2), {"padding": 1}, (2, 2, 3, 2)),
 }
@@ -59,6 +68,28 @@ def odd_cnn():
         nn.Flatten(),
         nn.Linear(27, 3),
     )
+
+
+def grouped():
+    """Grouped and depthwise convolutions; input (4, 5, 5)."""
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 6, 3, groups=6, padding=1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
+
+
+def recurrent():
+    """One module used twice, on different locations, and two that share parameters; input (2, 6, 6)."""
+    conv, linear, tied = nn.Conv2d(2, 2, 3, padding=1, stride=2), nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight, tied.bias = linear.weight, linear.bias
+    flat = [nn.Tanh(), nn.Flatten(), nn.Linear(8, 2), nn.Tanh()]
+    return nn.Sequential(conv, nn.Tanh(), conv, *flat, linear, nn.Tanh(), tied, nn.Tanh(), nn.Linear(2, 3))
 
 
 def mixer():

@@ -14,7 +14,7 @@ TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def vectors(module, a):
-    """a_t(n) for one layer, (m, |T|, C), and the shape of T; entry by entry."""
+    """a_t(n) for one layer, or one group's channels, (m, |T|, C), and the shape of T; entry by entry."""
     one = [] if module.bias is None else [1.0]
     if isinstance(module, nn.Linear):
         rows = [[torch.cat((v, v.new_tensor(one))) for v in an.reshape(-1, an.shape[-1])] for an in a]
@@ -45,11 +45,18 @@ def vectors(module, a):
 
 
 def matrix(module):
-    """W = [weight | bias], (I, C)."""
+    """W = [weight | bias], (I, C), of all groups one below the other."""
     columns = [module.weight.detach().flatten(1)]
     if module.bias is not None:
         columns.append(module.bias.detach()[:, None])
     return torch.cat(columns, dim=1).clone()
+
+
+def matrices(net):
+    """W (I, C) of every layer, in turn: a group is a layer of its own, and a shared weight one layer."""
+    modules = {m.weight: m for m in reversed(list(net)) if isinstance(m, TRAINABLE)}
+    for module in reversed(modules.values()):
+        yield from matrix(module).chunk(getattr(module, "groups", 1))
 
 
 def second_moment(at):
@@ -78,7 +85,8 @@ class Algorithm2:
     def __init__(self, net, loss, lr, damping, beta, mu1, weight_decay, history=None):
         self.net, self.loss, self.history = list(net), loss, history
         self.lr, self.lam, self.beta, self.mu1, self.decay = lr, damping**0.5, beta, mu1, weight_decay
-        self.W = [matrix(m) for m in self.net if isinstance(m, TRAINABLE)]
+        self.decoupled = 0.0  # lr times a decoupled weight decay
+        self.W = list(matrices(self.net))
         self.average = [torch.zeros_like(W) for W in self.W]
         self.s_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
         self.y_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
@@ -87,22 +95,29 @@ class Algorithm2:
         self.H_A = None
 
     def forward(self, x):
-        """The output for a batch, with every layer's a_t (m, |T|, C) and h_t (m, |T|, I)."""
-        a_list, h_list, W = [], [], iter(self.W)
+        """The output for a batch, with a_t (m, |T|, C) and h_t (m, |T|, I) of every use of every layer."""
+        a_list, h_list, of_weight, count = [[] for _ in self.W], [[] for _ in self.W], {}, 0
         for m in self.net:
             if isinstance(m, TRAINABLE):
-                at, T = vectors(m, x)
-                h = at @ next(W).T
-                if h.requires_grad:
-                    h.retain_grad()
-                else:
-                    h.requires_grad_(True)
-                a_list.append(at.detach())
-                h_list.append(h)
-                if isinstance(m, nn.Linear):
-                    x = h.reshape(len(x), *T, h.shape[2])
-                else:
-                    x = h.transpose(1, 2).reshape(len(x), h.shape[2], *T)
+                groups = getattr(m, "groups", 1)
+                first = of_weight.setdefault(m.weight, count)
+                count = max(count, first + groups)
+                parts = [x] if groups == 1 else x.chunk(groups, 1)
+                outputs = []
+                for i, part in enumerate(parts, start=first):
+                    at, T = vectors(m, part)
+                    h = at @ self.W[i].T
+                    if h.requires_grad:
+                        h.retain_grad()
+                    else:
+                        h.requires_grad_(True)
+                    a_list[i].append(at.detach())
+                    h_list[i].append(h)
+                    if isinstance(m, nn.Linear):
+                        outputs.append(h.reshape(len(x), *T, h.shape[2]))
+                    else:
+                        outputs.append(h.transpose(1, 2).reshape(len(x), h.shape[2], *T))
+                x = outputs[0] if groups == 1 else torch.cat(outputs, 1)
             elif isinstance(m, nn.ReLU):
                 x = F.relu(x)
             else:
@@ -115,14 +130,14 @@ class Algorithm2:
         for n in range(len(x)):
             output, a, h = self.forward(x[n : n + 1])
             self.loss(output, target[n : n + 1]).backward()
-            a_all.append([v[0] for v in a])
-            h_all.append([v[0].detach() for v in h])
-            D_all.append([v.grad[0] for v in h])
+            a_all.append([torch.cat([v[0] for v in uses]) for uses in a])  # uses are locations
+            h_all.append([torch.cat([v[0].detach() for v in uses]) for uses in h])
+            D_all.append([torch.cat([v.grad[0] for v in uses]) for uses in h])
         return [[torch.stack(v) for v in zip(*per, strict=True)] for per in (a_all, h_all, D_all)]
 
     def start(self, batches):
         """Line 2: A over all data of the batches."""
-        passes = [self.forward(x)[1] for x in batches]
+        passes = [[torch.cat(uses, 1) for uses in self.forward(x)[1]] for x in batches]
         self.start_from([[an for batch in a for an in batch] for a in zip(*passes, strict=True)])
 
     def start_from(self, inputs):
@@ -145,6 +160,7 @@ class Algorithm2:
             ) / len(x)
             DW = DW + self.decay * self.W[i]
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
+            self.W[i] = (1 - self.decoupled) * self.W[i]
             self.W[i] = self.W[i] - self.lr * self.H_G[i] @ self.average[i] @ self.H_A[i]
         _, h_new, Dh_new = self.pass_over(x, target)
         for i in range(len(self.W)):

@@ -4,12 +4,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, mixer, mlp, odd_cnn
+from cases import batches, closure, grouped, mixer, mlp, odd_cnn, recurrent
 
 import kfqn
 
 pytestmark = pytest.mark.usefixtures("double")
 NETS = {"cnn": (odd_cnn, (2, 6, 6)), "mlp": (mlp, (5,)), "mixer": (mixer, (4, 5))}
+NETS |= {"grouped": (grouped, (4, 5, 5)), "recurrent": (recurrent, (2, 6, 6))}
 HISTORY = 6  # wraps round three times in twenty steps
 
 
@@ -31,13 +32,15 @@ def test_twenty_steps_of_every_weight(net, method, warm):
     for x, target in data:
         reference.step(x, target)
         optimizer.step(closure(model, optimizer, x, target))
-        layers = [m for m in model if isinstance(m, oracle.TRAINABLE)]
-        for W, module in zip(reference.W, layers, strict=True):
-            torch.testing.assert_close(oracle.matrix(module), W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
-    for i, module in enumerate(layers):
-        state = optimizer.state[module.weight]
-        H_A = reference.H_A[i]
-        torch.testing.assert_close(state["H_A"], H_A, rtol=1e-8, atol=1e-8 * H_A.abs().max().item())
+        for got, W in zip(oracle.matrices(model), reference.W, strict=True):
+            torch.testing.assert_close(got, W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+    for got, H_A in zip(factors(optimizer, "H_A"), reference.H_A, strict=True):
+        torch.testing.assert_close(got, H_A, rtol=1e-8, atol=1e-8 * H_A.abs().max().item())
+
+
+def factors(optimizer, key):
+    """One square factor of every layer, group by group, in the order of the oracle."""
+    return [H for state in optimizer.state.values() for H in state[key].view(-1, *state[key].shape[-2:])]
 
 
 class Sampler:
@@ -72,13 +75,10 @@ def test_twenty_steps_of_kfac(net, warm):
         optimizer.step(with_sampler(x, target))
         *at_start, sampled = sampler.drawn
         reference.step(x, target, sampled, *at_start)
-        layers = [m for m in model if isinstance(m, oracle.TRAINABLE)]
-        for W, module in zip(reference.W, layers, strict=True):
-            torch.testing.assert_close(oracle.matrix(module), W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
-    for i, module in enumerate(layers):
-        state = optimizer.state[module.weight]
-        for key, expected in (("Omega", reference.Omega[i]), ("Gamma", reference.Gamma[i])):
-            torch.testing.assert_close(state[key], expected, rtol=1e-9, atol=1e-9)
+        for got, W in zip(oracle.matrices(model), reference.W, strict=True):
+            torch.testing.assert_close(got, W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+    for key, expected in (("Omega", reference.Omega), ("Gamma", reference.Gamma)):
+        torch.testing.assert_close(factors(optimizer, key), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_weight_decay_reaches_gradients_not_the_reported_loss():

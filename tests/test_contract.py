@@ -1,6 +1,7 @@
 """What every optimizer here promises its user, whatever the mathematics."""
 
 import copy
+import gc
 import math
 import subprocess
 import sys
@@ -126,8 +127,7 @@ def test_factors_of_bfloat16_weights_stay_float32(make):
     train(model, optimizer, batches((5,), 3, dtype=torch.bfloat16))
     restored = make(model)
     restored.load_state_dict(optimizer.state_dict())
-    for state in restored.state.values():
-        assert {value.dtype for value in state.values()} == {torch.float32}
+    assert {value.dtype for state in restored.state.values() for value in state.values()} == {torch.float32}
     assert unchanged(snapshot(model, optimizer), snapshot(model, restored))
 
 
@@ -136,7 +136,7 @@ def test_state_is_plain_tensors_under_the_weights(make):
     optimizer = make(model)
     train(model, optimizer, batches((2, 6, 6), 2))
     weights = [m.weight for m in model if hasattr(m, "weight")]
-    assert list(optimizer.state) == weights
+    assert {*optimizer.state} == {*weights}
     assert all(type(v) is torch.Tensor for state in optimizer.state.values() for v in state.values())
 
 
@@ -276,10 +276,6 @@ def test_a_warm_start_weighs_batches_by_their_size(make_two_pass):
 # Hooks.
 
 
-def no_hooks(model):
-    return not any(m._forward_hooks for m in model.modules())
-
-
 def test_a_second_pass_that_fails_gives_everything_back(make_two_pass):
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
     model.register_buffer("expanded", torch.zeros(1).expand(3))
@@ -301,11 +297,9 @@ def test_a_second_pass_that_fails_gives_everything_back(make_two_pass):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_hooks_are_gone_after_a_step_and_after_a_failure_in_either_pass(make_two_pass):
+def test_a_failure_in_either_pass_leaves_the_model_as_it_was(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
     optimizer = make_two_pass(model)
-    train(model, optimizer, [(x, target)])
-    assert no_hooks(model)
     for failing in (1, 2):
         calls = 0
 
@@ -322,8 +316,19 @@ def test_hooks_are_gone_after_a_step_and_after_a_failure_in_either_pass(make_two
         with pytest.raises(KeyboardInterrupt):
             optimizer.step(evaluate)
         assert calls == failing
-        assert no_hooks(model)
         assert all(p.requires_grad for p in model.parameters())
+    losses = train(model, optimizer, [(x, target)] * 9)  # and what was seen of the failed passes is forgotten
+    assert losses[-1] < losses[0]
+
+
+def test_hooks_end_with_their_optimizer(make):
+    model = mlp()
+    optimizer = make(model)
+    train(model, optimizer, batches((5,), 1))
+    assert any(m._forward_hooks for m in model.modules())
+    del optimizer
+    gc.collect()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_forward_pass_without_gradient_is_not_looked_at(make_two_pass):
@@ -453,19 +458,12 @@ def single_closure(model, optimizer, x, target):
     return loss
 
 
-def twice_closure(model, optimizer, x, target):
-    loss = (model(x) + model(x)).mean()
-    loss.backward()
-    return loss
-
-
 WRONG_CLOSURES = {
     "must return the loss as a tensor, but returned float": (TypeError, float_closure),
     "must return the loss as a tensor, but returned NoneType": (TypeError, lambda *a: None),
     "left no gradient on any layer": (RuntimeError, lazy_closure),
     "saw no forward pass through any of its 2 layers, the first being '0'": (RuntimeError, foreign_closure),
     "'0' \\(Linear\\) takes inputs of shape \\(batch, ..., features\\)": (ValueError, single_closure),
-    "'0' \\(Linear\\) ran twice in one pass": (ValueError, twice_closure),
 }
 
 
@@ -481,15 +479,14 @@ def test_a_wrong_closure_gets_one_sentence_and_changes_nothing(make_two_pass, me
     with pytest.raises(error, match=message):
         optimizer.step(lambda: wrong(model, optimizer, *data[2]))
     assert unchanged(before, snapshot(model, optimizer))
-    assert no_hooks(model)
     train(model, optimizer, data)  # and the optimizer still works
 
 
 def test_other_wrong_calls(make_two_pass):
     model = mlp()
     optimizer = make_two_pass(model)
-    with pytest.raises(TypeError, match="step needs a closure"):
-        optimizer.step(None)
+    with pytest.raises(TypeError, match=r"step takes a closure that .* but got int"):
+        optimizer.step(3)
     with pytest.raises(ValueError, match="warm_start got no batches"):
         optimizer.warm_start([])
     with pytest.raises(RuntimeError, match="saw no forward pass"):
@@ -499,7 +496,7 @@ def test_other_wrong_calls(make_two_pass):
     ):
         optimizer.warm_start([torch.full((3, 5), math.nan)])
     assert not optimizer.state
-    with pytest.raises(ValueError, match="a parameter group cannot be added"):
+    with pytest.raises(ValueError, match="not a parameter of this optimizer's model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
 
 
@@ -560,7 +557,7 @@ def test_a_second_call_that_runs_nothing_is_an_error(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
     optimizer = make_two_pass(model)
     calls = iter([closure(model, optimizer, x, target), lambda: torch.zeros(())])
-    with pytest.raises(RuntimeError, match="ran no layer in its second call"):
+    with pytest.raises(RuntimeError, match="the second pass ran no layer"):
         optimizer.step(lambda: next(calls)())
 
 

@@ -7,7 +7,7 @@ from cases import LAYERS
 from torch import nn
 
 from kfqn import curvature
-from kfqn.layers import layers_of
+from kfqn.rules import layers_of
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -24,26 +24,42 @@ def case(request):
     return module, layer, torch.randn(3, *case.shape)
 
 
+def vectors(module, a):
+    """The oracle's a_t, (m, *g, |T|, C), and T."""
+    groups = getattr(module, "groups", 1)
+    if groups == 1:
+        return oracle.vectors(module, a)
+    parts = [oracle.vectors(module, part) for part in a.chunk(groups, 1)]
+    return torch.stack([at for at, _ in parts], 1), parts[0][1]
+
+
+def second_moment(module, a):
+    """The oracle's A, (*g, C, C)."""
+    at, _ = vectors(module, a)
+    return (
+        oracle.second_moment(at) if at.ndim == 3 else torch.stack([*map(oracle.second_moment, at.unbind(1))])
+    )
+
+
 def test_equation_1_the_layer_is_a_matrix(case):
     module, layer, a = case
-    at, T = oracle.vectors(module, a)
+    at, T = vectors(module, a)
     torch.testing.assert_close(layer.patches(a), at, **SAME)
     assert layer.locations(a) == T
-    h = layer.channels_first(module(a))
-    torch.testing.assert_close((at @ layer.W().T).transpose(1, 2).reshape(h.shape), h, **SAME)
-    assert (layer.rows, layer.columns) == layer.W().shape
+    torch.testing.assert_close((at @ layer.W().mT).mT, layer.preactivation(module(a)), **SAME)
+    assert (*layer.groups, layer.rows, layer.columns) == layer.W().shape
 
 
 def test_the_gradient_is_a_matrix_and_a_step_moves_every_parameter(case):
     module, layer, a = case
-    at, _ = oracle.vectors(module, a)
+    at, _ = vectors(module, a)
     h = module(a)
     Dh = torch.randn_like(h)
     h.backward(Dh)
-    Dh = layer.channels_first(Dh).reshape(3, layer.rows, -1).transpose(1, 2)  # (m, |T|, I)
-    expected = sum(torch.outer(D, v) for D, v in zip(Dh.flatten(0, 1), at.flatten(0, 1), strict=True))
-    torch.testing.assert_close(layer.DW(), expected, **SAME)
-    W, P = layer.W(), torch.randn(layer.rows, layer.columns)
+    Dh = layer.preactivation(Dh).mT  # (m, *g, |T|, I)
+    torch.testing.assert_close(layer.DW(), torch.einsum("n...ti,n...tc->...ic", Dh, at), **SAME)
+    W = layer.W()
+    P = torch.randn_like(W)
     with torch.no_grad():
         layer.add_(P, alpha=-0.3)
     torch.testing.assert_close(layer.W(), W - 0.3 * P, **SAME)
@@ -51,28 +67,28 @@ def test_the_gradient_is_a_matrix_and_a_step_moves_every_parameter(case):
 
 def test_equation_8_and_its_inverse(case):
     module, layer, a = case
-    A = oracle.second_moment(oracle.vectors(module, a)[0])
+    A = second_moment(module, a)
     torch.testing.assert_close(curvature.second_moment(layer, a), A, **SAME)
     if module.bias is not None:
-        assert A[-1, -1] == pytest.approx(len(oracle.vectors(module, a)[0][0]))  # |T|
-    inverse = torch.linalg.inv(A + 0.7 * torch.eye(len(A)))
+        assert A[..., -1, -1].flatten()[0] == pytest.approx(vectors(module, a)[0].shape[-2])  # |T|
+    inverse = torch.linalg.inv(A + 0.7 * torch.eye(A.shape[-1]))
     torch.testing.assert_close(curvature.damped_inverse(A, 0.7), inverse, **SAME)
 
 
 def test_equation_12_the_mean_activation(case):
     module, layer, a = case
-    at, _ = oracle.vectors(module, a)
-    torch.testing.assert_close(curvature.mean_activation(layer, a), at.mean((0, 1)), **SAME)
+    at, _ = vectors(module, a)
+    torch.testing.assert_close(curvature.mean_activation(layer, a), at.mean((0, -2)), **SAME)
 
 
 def test_equation_13_needs_no_matrix(case):
     module, layer, a = case
-    at, _ = oracle.vectors(module, a)
-    v = torch.randn(layer.columns)
-    torch.testing.assert_close(layer.inner(a, v).reshape(3, -1), at @ v, **SAME)
-    torch.testing.assert_close(
-        curvature.second_moment_matvec(layer, a, v), oracle.second_moment(at) @ v, **SAME
-    )
+    at, _ = vectors(module, a)
+    v = torch.randn(*layer.groups, layer.columns)
+    products = (at @ v[..., None])[..., 0]
+    torch.testing.assert_close(layer.inner(a, v).reshape(products.shape), products, **SAME)
+    Av = (second_moment(module, a) @ v[..., None])[..., 0]
+    torch.testing.assert_close(curvature.second_moment_matvec(layer, a, v), Av, **SAME)
 
 
 @pytest.mark.parametrize("padding", [0, 1])  # without padding a block is a view of the input
@@ -95,11 +111,11 @@ def test_any_memory_layout_gives_the_same_statistics():
             torch.testing.assert_close(statistic(layer, other), statistic(layer, a), **SAME)
         Av = curvature.second_moment_matvec(layer, other, v)
         torch.testing.assert_close(Av, curvature.second_moment_matvec(layer, a, v), **SAME)
-        h = curvature.mean_preactivation(other)
-        torch.testing.assert_close(h, curvature.mean_preactivation(a), **SAME)
+        h = curvature.mean_preactivation(other.flatten(2))
+        torch.testing.assert_close(h, curvature.mean_preactivation(a.flatten(2)), **SAME)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 5)])
+@pytest.mark.parametrize("shape", [(4, 3, 1), (4, 3, 5)])
 def test_equations_10_and_11_are_means_over_data_and_locations(shape):
     h, target = torch.randn(*shape, requires_grad=True), torch.randn(*shape)
 

@@ -5,7 +5,7 @@ import torch
 from cases import LAYERS
 
 from kfqn.curvature import damped_inverse, second_moment
-from kfqn.layers import layers_of
+from kfqn.rules import layers_of
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 
 pytestmark = [

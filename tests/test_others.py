@@ -11,7 +11,7 @@ from test_contract import OPTIMIZERS, snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.layers import layers_of, other_parameters
+from kfqn.rules import layers_of
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -23,9 +23,23 @@ class Scaled(nn.Linear):
     """A subclass may compute anything."""
 
 
-def tied():
+def tied(biases=False):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
+    if biases:
+        model[2].bias = model[0].bias
+    return model
+
+
+def tied_embedding():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5), nn.Linear(5, 2))
+    model[1].weight = model[0].weight
+    return model
+
+
+def tied_with_another_stride():
+    model = nn.Sequential(nn.Conv1d(3, 3, 2), nn.Conv1d(3, 3, 2, stride=2), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
     return model
 
 
@@ -47,7 +61,7 @@ def beside(module):
 
 PLANS = {  # name: model, its layers, the other parameters
     "batch norm": (beside(lambda: nn.BatchNorm1d(3)), ["0"], ["1.weight", "1.bias"]),
-    "groups": (beside(lambda: nn.Conv2d(4, 4, 1, groups=2)), ["0"], ["1.weight", "1.bias"]),
+    "groups": (beside(lambda: nn.Conv2d(4, 4, 1, groups=2)), ["0", "1"], []),
     "embedding": (beside(lambda: nn.Embedding(3, 2)), ["0"], ["1.weight"]),
     "transposed": (beside(lambda: nn.ConvTranspose1d(2, 3, 2)), ["0"], ["1.weight", "1.bias"]),
     "subclass": (beside(lambda: Scaled(3, 3)), ["0"], ["1.weight", "1.bias"]),
@@ -66,7 +80,10 @@ PLANS = {  # name: model, its layers, the other parameters
         ["0"],
         ["1.weight", "1.bias", "1.scale"],
     ),
-    "tied": (tied, ["1"], ["0.weight", "0.bias", "2.bias"]),
+    "tied": (tied, ["0, 2", "1"], ["0.bias", "2.bias"]),
+    "tied, biases too": (lambda: tied(biases=True), ["0, 2", "1"], []),
+    "tied to an embedding": (tied_embedding, ["2"], ["0.weight", "1.bias"]),
+    "tied, not alike": (tied_with_another_stride, ["2"], ["0.weight", "0.bias", "1.bias"]),
     "frozen bias": (lambda: frozen("bias"), ["0", "1"], []),
     "frozen weight": (lambda: frozen("weight"), ["0"], ["1.bias"]),
 }
@@ -76,14 +93,14 @@ PLANS = {  # name: model, its layers, the other parameters
 def test_every_trainable_parameter_is_trained_by_one_rule(name):
     make, expected_layers, expected_others = PLANS[name]
     model = make()
-    layers = layers_of(model)
-    others = other_parameters(model, layers)
-    assert [layer.name for layer in layers] == expected_layers
-    assert sorted(others) == sorted(expected_others)
-    ours = [id(p) for layer in layers for p in layer.parameters()] + [id(p) for p in others.values()]
-    assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     optimizer = kfqn.KFBFGS(model)
+    assert [layer.name for layer in layers_of(model)] == expected_layers
     assert len(optimizer.param_groups) == 1 + bool(expected_others)
+    names = {p: name for name, p in model.named_parameters()}
+    others = [names[p] for group in optimizer.param_groups[1:] for p in group["params"]]
+    assert sorted(others) == sorted(expected_others)
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, ours)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     plan = optimizer.plan()
     for layer in expected_layers:
         assert f"{layer} " in plan
@@ -113,7 +130,7 @@ def test_others_follow_their_own_optimizer_to_the_bit(make):
     model, data = resnet_like(), batches((2, 6, 6), 5)
     twin = copy.deepcopy(model)
     optimizer = make(model, lr=1e-38, others=adam)
-    names = ["1.weight", "1.bias", "3.weight", "3.bias"]
+    names = ["1.weight", "1.bias"]
     alone = adam([dict(twin.named_parameters())[name] for name in names])
     for x, target in data:
         train(model, optimizer, [(x, target)])

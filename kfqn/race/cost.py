@@ -4,24 +4,32 @@ Seconds are medians of repeated calls, the optimizers interleaved, on the inputs
 the layers really see in a step on random images.
 """
 
+import copy
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.capture import capture
+from kfqn.capture import Look, Seen, Watch
 from kfqn.closures import Closure
-from kfqn.curvature import mean_preactivation, mean_preactivation_gradient, second_moment_of_gradient
+from kfqn.curvature import (
+    mean_activation,
+    mean_preactivation,
+    mean_preactivation_gradient,
+    second_moment,
+    second_moment_of_gradient,
+)
 from kfqn.kfac import invert
-from kfqn.layers import Layer, layers_of
+from kfqn.layers import Layer
 from kfqn.race.entrants import ENTRANTS
-from kfqn.two_pass import TwoPassOptimizer
+from kfqn.rules import layers_of
+from kfqn.two_pass import First, TwoPassOptimizer, averaged_pair
 
 COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each
     "DW": ("DW", "momentum_buffer", "exp_avg"),
@@ -60,10 +68,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sight:
-    """What one layer sees in one step: input, pre-activation, and the gradient of the latter."""
+    """What one layer sees in one step: its input, and (m, *g, I, |T|) the pre-activation and its gradient."""
 
     layer: Layer
-    a: Tensor
+    seen: Seen
     h: Tensor
     gradient: Tensor
 
@@ -100,17 +108,21 @@ def computation(
 ) -> list[Cost]:
     """Table 2: the seconds of each phase in every layer, and of whole iterations. SGD-m comes first."""
     names = ["sgd", *(name for name in names if name != "sgd")]
-    optimizers = {name: build(name, model) for name in names}
-    steps = {name: partial(optimizer.step, closure) for name, optimizer in optimizers.items()}
+    models = {name: copy.deepcopy(model) for name in names}  # an optimizer watches every pass of its model
+    optimizers = {name: build(name, models[name]) for name in names}
+    steps = {
+        name: partial(optimizer.step, replace(closure, model=models[name]))
+        for name, optimizer in optimizers.items()
+    }
     for step in steps.values():
         step()  # the first step sets up the state
     iteration = medians(steps, repeats, wait)
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for sight in sights(model, closure):
+    for n, sight in enumerate(sights(model, closure)):
         calls = {
             f"{name} {phase}": call
             for name, optimizer in optimizers.items()
-            for phase, call in phases(optimizer, sight).items()
+            for phase, call in phases(optimizer, layers_of(models[name])[n], sight).items()
         }
         found = medians(calls, repeats, wait)
         for name, optimizer in optimizers.items():
@@ -145,14 +157,10 @@ def medians(
 def sights(model: nn.Module, closure: Closure) -> list[Sight]:
     """What every layer sees when the closure runs."""
     layers = layers_of(model)
-    with capture(layers, inputs=True, h=torch.clone, Dh=torch.clone) as seen:
-        closure()
-    found = []
-    for layer, record in seen.items():
-        assert record.h is not None
-        assert record.Dh is not None
-        found.append(Sight(layer, record.input(), record.h, record.Dh))
-    return found
+    watch = Watch(model, layers, Look(inputs=True, h=torch.clone, Dh=torch.clone))
+    closure()
+    seen = watch.take()
+    return [Sight(layer, seen[layer], seen[layer].h(), seen[layer].Dh()) for layer in layers if layer in seen]
 
 
 def shape(sight: Sight) -> Shape:
@@ -161,19 +169,21 @@ def shape(sight: Sight) -> Shape:
     return Shape(sight.layer.name, I, J, math.prod(offsets), sight.h[0, 0].numel())
 
 
-def phases(optimizer: torch.optim.Optimizer, sight: Sight) -> dict[str, Callable[[], object]]:
-    """The work of one iteration in one layer beyond its mini-batch gradient, phase by phase."""
-    layer = sight.layer
+def phases(optimizer: torch.optim.Optimizer, layer: Layer, sight: Sight) -> dict[str, Callable[[], object]]:
+    """The work of one iteration in one layer beyond its mini-batch gradient, phase by phase.
+
+    ``layer`` is the optimizer's own, of a copy of the model that ``sight`` is of.
+    """
     if isinstance(optimizer, TwoPassOptimizer):
         return {
             "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_two_pass(optimizer, sight),
+            "curvature": lambda: _learn_two_pass(optimizer, layer, sight),
             "step": lambda: _move(optimizer, layer),
         }
     if isinstance(optimizer, kfqn.KFAC):
         return {
             "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_kfac(optimizer, sight),
+            "curvature": lambda: _learn_kfac(optimizer, layer, sight),
             "inversion": lambda: invert(optimizer.state[layer.weight], optimizer.param_groups[0]),
             "step": lambda: _move(optimizer, layer),
         }
@@ -182,11 +192,11 @@ def phases(optimizer: torch.optim.Optimizer, sight: Sight) -> dict[str, Callable
 
 def second_pass_of(sight: Sight) -> None:
     """The layer's part of a pass without weight gradients."""
-    a = sight.a.requires_grad_(True)
+    a = sight.seen.input(sight.seen.uses[0]).requires_grad_(True)
     parameters = sight.layer.parameters()
     for p in parameters:
         p.requires_grad_(False)
-    sight.layer.channels_first(sight.layer.module(a)).backward(sight.gradient)
+    sight.layer.preactivation(sight.layer.modules[0](a)).backward(sight.gradient)
     a.grad = None
     a.requires_grad_(False)
     for p in parameters:
@@ -194,26 +204,26 @@ def second_pass_of(sight: Sight) -> None:
 
 
 @torch.no_grad()
-def _learn_two_pass(optimizer: TwoPassOptimizer, sight: Sight) -> None:
-    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups[:1]
-    optimizer._learn_A(sight.layer, sight.a, state, group)
-    dh, dDh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    optimizer._learn_G(dh, dDh, state, group)
+def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
+    state, (group,) = optimizer.state[layer.weight], optimizer.param_groups[:1]
+    h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
+    s = optimizer._probe(sight.seen.mean(mean_activation), state)
+    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(sight.seen, s)), state, group)
+    optimizer._learn_G(*averaged_pair(h, Dh, state, group), state, group)
 
 
 @torch.no_grad()
-def _learn_kfac(optimizer: "kfqn.KFAC", sight: Sight) -> None:
-    state, (group,) = optimizer.state[sight.layer.weight], optimizer.param_groups[:1]
-    optimizer._learn_A(sight.layer, sight.a, state, group)
-    state["Gamma"].lerp_(second_moment_of_gradient(sight.gradient), 1 - group["beta"])
+def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
+    optimizer._take_in("Omega", {layer: sight.seen.sum(second_moment)})
+    optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sight.gradient)})
 
 
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
-    DW, (group,) = layer.DW(), optimizer.param_groups[:1]
+    DW, state, group = layer.DW(), optimizer.state[layer.weight], optimizer.param_groups[0]
     assert DW is not None
-    for _, P in optimizer._directions({layer: DW}, group):
-        layer.add_(P, alpha=0.0)
+    averages = {layer: optimizer._average(DW, state, group)}
+    layer.add_(optimizer._moves([layer], averages)[layer].P, alpha=0.0)
 
 
 def _step_alone(optimizer: torch.optim.Optimizer, layer: Layer) -> None:

@@ -1,0 +1,70 @@
+"""Means over the processes that train one model together."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@final
+class Ranks:
+    """The processes of a group; without one (None) a single process, and nothing is communicated.
+
+    Every process must make the same calls in the same order.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self._group) if self._group is not None else 1
+
+    @property
+    def rank(self) -> int:
+        """Which this one is, from 0."""
+        return dist.get_rank(self._group) if self._group is not None else 0
+
+    def means(
+        self, own: Mapping[Key, Tensor], shapes: Mapping[Key, Sequence[int]], like: Tensor
+    ) -> dict[Key, Tensor]:
+        """The mean of each tensor over the processes that have it; in one message.
+
+        ``shapes`` is the same everywhere and says what there may be, in what order; ``like`` has the
+        device and dtype of the message.
+        """
+        if self.size == 1:
+            return dict(own)
+        zero = [like.new_zeros(tuple(shape)) for shape in shapes.values()]
+        sums = [own.get(key, z).to(like.dtype).flatten() for key, z in zip(shapes, zero, strict=True)]
+        present = like.new_tensor([float(key in own) for key in shapes])
+        message = torch.cat([present, *sums])
+        dist.all_reduce(message, group=self._group)
+        counts, *parts = message.split([len(zero), *(z.numel() for z in zero)])
+        return {
+            key: (part / count).view_as(z).to(own[key].dtype if key in own else like.dtype)
+            for key, part, count, z in zip(shapes, parts, counts.tolist(), zero, strict=True)
+            if count
+        }
+
+    def all(self, flags: Tensor) -> Tensor:
+        """Where a boolean tensor is true in every process."""
+        if self.size == 1:
+            return flags
+        least = flags.to(torch.int32)
+        dist.all_reduce(least, dist.ReduceOp.MIN, self._group)
+        return least.bool()
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Where a boolean tensor is true in some process."""
+        return ~self.all(~flags)
+
+    def send(self, value: Tensor, owner: int | None) -> None:
+        """Make ``value`` what it is in the process ``owner``, in place; nothing for None."""
+        if owner is not None and self.size > 1:
+            dist.broadcast(value, group=self._group, group_src=owner)
