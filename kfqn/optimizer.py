@@ -4,6 +4,7 @@ What differs between the methods is left to a few holes: what is watched, the st
 starts with, the direction, and what is learnt of the two factors.
 """
 
+import contextlib
 import math
 import warnings
 from abc import abstractmethod
@@ -40,8 +41,8 @@ class KroneckerOptimizer(LayeredOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
     A layer's state is in its `dtype` (at least float32): what `_shapes` says, and ``step``, the steps
-    taken, on the CPU, ``counts`` and ``last`` for `diagnostics`. A step waits for the device twice, to
-    see that first the gradients and then the directions are sound.
+    taken, on the CPU, ``counts`` and ``last`` for `diagnostics`; under the bias is ``step`` again. A step
+    waits for the device twice, to see that first the gradients and then the directions are sound.
     """
 
     _counted: tuple[str, ...]  # what ``counts`` counts
@@ -71,6 +72,12 @@ class KroneckerOptimizer(LayeredOptimizer):
         self._owners: dict[Layer, int] = {}
         self._watch = Watch(self._model, self._layers, self._first_look)
 
+    def add_param_group(self, param_group: Group) -> None:
+        before = {*self._layers}
+        super().add_param_group(param_group)
+        if "_watch" in self.__dict__:
+            self._watch.add([layer for layer in self._layers if layer not in before])
+
     def __getstate__(self) -> dict[str, Any]:
         ours = ("_shard", "_error_if_nonfinite", "_warned")
         return super().__getstate__() | {key: self.__dict__[key] for key in ours}
@@ -90,26 +97,29 @@ class KroneckerOptimizer(LayeredOptimizer):
             for layer in self._layers:  # a warm start before may have seen other data in each process
                 for value in self.state.get(layer.weight, {}).values():
                     self._ranks.send(value, 0)
-        if self._shard and self._ranks.size > 1 and not self._owners:
-            self._owners = self._shares()
+        if self._shard and self._ranks.size > 1:
+            self._share_out()
         for layer in self._layers:
             state = self.state.get(layer.weight)
             if state and not self._owns(layer):
-                del self.state[layer.weight]
+                for p in layer.parameters():
+                    self.state.pop(p, None)
             elif state:
                 _follow(state, self._shapes(layer, self._group(layer)).keys(), layer)
 
-    def _shares(self) -> dict[Layer, int]:
-        """The process that holds the factors of each layer: the largest layers first, to whom has least."""
-        loads = [0.0] * self._ranks.size
-        owners: dict[Layer, int] = {}
+    def _share_out(self) -> None:
+        """Say which process holds the factors of each layer: the largest first, to whom has least."""
         sizes = {
             layer: (layer.columns**2 + layer.rows**2) * math.prod(layer.groups) for layer in self._layers
         }
-        for layer in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            owners[layer] = loads.index(min(loads))
-            loads[owners[layer]] += sizes[layer]
-        return owners
+        loads = [0] * self._ranks.size
+        for layer, owner in self._owners.items():
+            loads[owner] += sizes[layer]
+        for layer in sorted(
+            sizes.keys() - self._owners.keys(), key=lambda layer: (-sizes[layer], layer.name)
+        ):
+            self._owners[layer] = loads.index(min(loads))
+            loads[self._owners[layer]] += sizes[layer]
 
     def _owns(self, layer: Layer) -> bool:
         """Whether this process holds the layer's factors."""
@@ -223,7 +233,7 @@ class KroneckerOptimizer(LayeredOptimizer):
                 continue
             if layer not in seen and self._ranks.size == 1 and not DW.any():
                 if not self.state.get(layer.weight):  # torch.distributed.checkpoint asks for states this way
-                    self.state[layer.weight] = self._empty_state(layer)
+                    self._enter(layer, self._empty_state(layer))
                 continue
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
                 DW.add_(layer.W(), alpha=group["weight_decay"])
@@ -310,7 +320,8 @@ class KroneckerOptimizer(LayeredOptimizer):
             if self._owns(layer):
                 state = self.state[layer.weight]
                 P = self._accumulated(P, state, group)
-                state["step"] += 1
+                for p in layer.parameters():
+                    self.state[p]["step"] += 1
                 state["last"][0] = lr * scale * move.norm
             else:
                 P = layer.W()
@@ -320,14 +331,19 @@ class KroneckerOptimizer(LayeredOptimizer):
             layer.add_(P, alpha=-lr)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
-        """Start these layers anew, from this mini-batch; what is averaged over steps is kept."""
-        old = {layer: self.state[layer.weight] for layer in layers if self._owns(layer)}
-        watched = [layer for layer in layers if layer in seen or self._ranks.size > 1]
-        self._start_from(watched, seen, closure)
-        for layer, state in old.items():
-            kept = {key: state[key] for key in ("DW", "step", "counts", "last") if key in state}
-            self.state[layer.weight] |= kept
-            self._count(self.state[layer.weight], {"resets": 1})
+        """Start these layers anew from this mini-batch; what is averaged over steps is kept.
+
+        One whose inputs are too large even for that keeps its state, and does not move.
+        """
+        for layer in layers:
+            old = self.state.get(layer.weight, {})
+            kept = {key: old[key] for key in ("DW", "step", "counts", "last") if key in old}
+            with contextlib.suppress(ValueError):
+                if layer in seen or self._ranks.size > 1:
+                    self._start_from([layer], seen, closure)
+                    if self._owns(layer):
+                        self._enter(layer, self.state[layer.weight] | kept)
+                        self._count(self.state[layer.weight], {"resets": 1})
         self._warn(
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."
@@ -372,8 +388,13 @@ class KroneckerOptimizer(LayeredOptimizer):
             if self._owns(layer)
         }
         for layer, state in states.items():
-            state["step"] = torch.zeros(())
-            self.state[layer.weight] = state
+            self._enter(layer, state | {"step": torch.zeros(())})
+
+    def _enter(self, layer: Layer, state: State) -> None:
+        """Make this the layer's state; torch.distributed.checkpoint wants every parameter to have one."""
+        self.state[layer.weight] = {key: value.contiguous() for key, value in state.items()}
+        if layer.bias is not None:
+            self.state[layer.bias] = {"step": state["step"].clone()}
 
     def _empty_state(self, layer: Layer) -> State:
         like = layer.W()

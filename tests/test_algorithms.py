@@ -40,7 +40,8 @@ def test_twenty_steps_of_every_weight(net, method, warm):
 
 def factors(optimizer, key):
     """One square factor of every layer, group by group, in the order of the oracle."""
-    return [H for state in optimizer.state.values() for H in state[key].view(-1, *state[key].shape[-2:])]
+    states = [state for state in optimizer.state.values() if key in state]
+    return [H for state in states for H in state[key].view(-1, *state[key].shape[-2:])]
 
 
 class Sampler:

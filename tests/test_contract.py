@@ -135,8 +135,10 @@ def test_state_is_plain_tensors_under_the_weights(make):
     model = odd_cnn()
     optimizer = make(model)
     train(model, optimizer, batches((2, 6, 6), 2))
-    weights = [m.weight for m in model if hasattr(m, "weight")]
-    assert {*optimizer.state} == {*weights}
+    assert {*optimizer.state} == {*model.parameters()}
+    assert all(
+        optimizer.state[m.bias].keys() == {"step"} for m in model if getattr(m, "bias", None) is not None
+    )
     assert all(type(v) is torch.Tensor for state in optimizer.state.values() for v in state.values())
 
 

@@ -283,11 +283,12 @@ def test_a_second_pass_that_is_not_finite_skips_curvature_only(make, bad):
     optimizer.step()
     with optimizer.second_pass():
         (F.cross_entropy(model(x), target) * bad).backward()
-    for i, state in optimizer.state_dict()["state"].items():
+    states = optimizer.state_dict()["state"].items()
+    for i, state in states:
         for key in ("H_G", "S", "Y", "s_G", "y_G"):
             if key in state:
                 assert torch.equal(state[key], before[i][key])
-        assert torch.isfinite(state["H_A"]).all()
+    assert all(torch.isfinite(state["H_A"]).all() for _, state in states if "H_A" in state)
     assert all(found["G skipped"] == 1 for name, found in optimizer.diagnostics().items() if name)
 
 

@@ -1,0 +1,338 @@
+"""What PyTorch expects of any optimizer, and what its own tools do with one."""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from cases import batches, closure, grouped, mlp, odd_cnn
+from test_contract import OPTIMIZERS, TWO_PASS, same_weights, snapshot, train, unchanged
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+import kfqn
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make(request):
+    return OPTIMIZERS[request.param]
+
+
+# Hooks, groups, gradients.
+
+
+def test_hooks_of_torch_run_in_their_order(make):
+    model = mlp()
+    optimizer, calls = make(model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before the step"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after the step"))
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("after saving"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before loading"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("after loading"))
+    train(model, optimizer, batches((5,), 1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == [
+        f"{when} {what}" for what in ("the step", "saving", "loading") for when in ("before", "after")
+    ]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(make, set_to_none):
+    model = mlp()
+    optimizer = make(model)
+    train(model, optimizer, batches((5,), 1))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p in model.parameters():
+        assert p.grad is None if set_to_none else not p.grad.any()
+
+
+def test_gradients_of_zero_change_nothing_before_the_first_pass(make):
+    model = mlp()
+    optimizer = make(model)
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert unchanged(before, model.state_dict())
+    train(model, optimizer, batches((5,), 2))
+    twin = mlp()
+    twin.load_state_dict(before)
+    torch.manual_seed(0)
+    mlp()
+    assert not same_weights(model, twin)
+
+
+def test_parameters_that_are_not_contiguous(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    twin = copy.deepcopy(model)
+    for p in twin.parameters():
+        p.data = (
+            p.data.t().contiguous().t()
+            if p.ndim == 2
+            else p.data.transpose(0, -1).contiguous().transpose(0, -1)
+        )
+    assert any(not p.is_contiguous() for p in twin.parameters())
+    optimizer, theirs = make(model, lr=0.1), make(twin, lr=0.1)
+    train(model, optimizer, data)
+    train(twin, theirs, data)
+    torch.testing.assert_close(snapshot(twin, theirs)[0], snapshot(model, optimizer)[0], rtol=1e-3, atol=1e-5)
+
+
+def test_state_dicts_are_deterministic_and_loading_changes_nothing(make):
+    data, found = batches((2, 6, 6), 3), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = odd_cnn()
+        optimizer = make(model)
+        train(model, optimizer, data)
+        optimizer.load_state_dict(optimizer.state_dict())
+        found.append(optimizer.state_dict())
+    assert repr(found[0]) == repr(found[1])
+    assert [*found[0]["state"]] == [*found[1]["state"]]
+    torch.load(io.BytesIO(_saved(found[0])), weights_only=True)
+
+
+def _saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_the_step_has_torch_s_signature():
+    for method in (kfqn.KFBFGS, kfqn.KFLBFGS, kfqn.ConvergentKFLBFGS, kfqn.KFAC):
+        assert [*inspect.signature(method.step).parameters] == ["self", "closure"]
+        assert issubclass(method, torch.optim.Optimizer)
+
+
+def test_a_learning_rate_may_be_a_tensor(make):
+    model, data = mlp(), batches((5,), 3)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model, lr=0.5), make(twin, lr=torch.tensor(0.5))
+    train(model, optimizer, data)
+    train(twin, theirs, data)
+    assert same_weights(model, twin)
+
+
+# Schedulers.
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda k: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 1),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 2]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=5),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2, cycle_momentum=False),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9, cycle_momentum=False),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_torch_does_to_every_group_what_it_does_to_sgd(name):
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    optimizer = kfqn.KFBFGS(model, lr=0.4, others=lambda p: torch.optim.SGD(p, lr=0.2))
+    sgd = torch.optim.SGD([{"params": [*mlp().parameters()], "lr": lr} for lr in (0.4, 0.2)])
+    schedulers = SCHEDULERS[name](optimizer), SCHEDULERS[name](sgd)
+    for data in batches((5,), 4):
+        train(model, optimizer, [data])
+        sgd.step()
+        for scheduler in schedulers:
+            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in sgd.param_groups]
+
+
+# Copies of the model, and the model elsewhere.
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save", "pickle"])
+def test_a_copy_of_the_model_carries_nothing_of_the_optimizer(make, how):
+    model, data = mlp(), batches((5,), 3)
+    optimizer = make(model)
+    train(model, optimizer, data)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        twin = torch.load(io.BytesIO(_saved(model)), weights_only=False)
+        assert len(_saved(model)) < len(_saved(mlp())) + 2000
+    before = snapshot(model, optimizer)
+    F.cross_entropy(twin(data[0][0]), data[0][1]).backward()
+    assert not optimizer._watch.waiting
+    theirs = make(twin)
+    train(twin, theirs, data)
+    assert unchanged(before, snapshot(model, optimizer))
+
+
+def test_averaged_models_of_torch(make):
+    model, data = mlp(), batches((5,), 4)
+    optimizer, average = make(model), AveragedModel(model)
+    for batch in data:
+        train(model, optimizer, [batch])
+        average.update_parameters(model)
+    assert not same_weights(model, average.module)
+    assert average(data[0][0]).isfinite().all()
+
+
+def test_the_state_follows_the_model_into_another_type(make):
+    model, data = mlp(), batches((5,), 4)
+    optimizer = make(model)
+    train(model, optimizer, data[:2])
+    model.double()
+    train(model, optimizer, [(x.double(), y) for x, y in data[2:]])
+    factors = [
+        v for s in optimizer.state.values() for k, v in s.items() if k.startswith(("H", "DW", "S", "s_"))
+    ]
+    assert {v.dtype for v in factors} == {torch.float64}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_state_follows_the_model_to_another_device(make):
+    model, data = mlp(), batches((5,), 4)
+    optimizer = make(model)
+    train(model, optimizer, data[:2])
+    model.cuda()
+    losses = train(model, optimizer, [(x.cuda(), y.cuda()) for x, y in data[2:]])
+    assert all(loss.isfinite() for loss in losses)
+
+
+# Resuming by other means, and from other shapes.
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage is deprecated:UserWarning")
+def test_distributed_checkpoint_resumes_to_the_bit(make, k, tmp_path):
+    data, build = batches((4, 5, 5), 6), grouped
+    model = build()
+    optimizer = make(model, lr=0.2)
+    train(model, optimizer, data[:k])
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(saved, checkpoint_id=tmp_path / "checkpoint")
+    train(model, optimizer, data[k:])
+
+    twin = build()
+    theirs = make(twin, lr=0.2)
+    loaded = dict(zip(("model", "optimizer"), get_state_dict(twin, theirs), strict=True))
+    dcp.load(loaded, checkpoint_id=tmp_path / "checkpoint")
+    set_state_dict(twin, theirs, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train(twin, theirs, data[k:])
+    assert unchanged(snapshot(model, optimizer)[0], snapshot(twin, theirs)[0])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert unchanged(optimizer.state[p], theirs.state[q])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_asking_for_the_state_of_a_fresh_optimizer_leaves_it_fresh(make):
+    """torch.distributed.checkpoint takes a step with lr 0 and gradients of zero to see the state."""
+    data = batches((4, 5, 5), 3)
+    model = grouped()
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model, lr=0.2), make(twin, lr=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        _, state = get_state_dict(twin, theirs)
+    assert state["state"].keys() >= {"0.weight", "2.weight"}
+    train(model, optimizer, data)
+    train(twin, theirs, data)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_history_of_another_size_is_taken_as_it_is():
+    model, data = mlp(), batches((5,), 12)
+    optimizer = kfqn.KFLBFGS(model, history_size=3)
+    train(model, optimizer, data[:6])
+    twin = copy.deepcopy(model)
+    theirs = kfqn.KFLBFGS(twin, history_size=9)
+    theirs.load_state_dict(optimizer.state_dict())
+    assert theirs.param_groups[0]["history_size"] == 3
+    train(model, optimizer, data[6:])
+    train(twin, theirs, data[6:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_float32_model_goes_on_from_the_state_of_a_bfloat16_one(make):
+    model = mlp().to(torch.bfloat16)
+    optimizer = make(model)
+    train(model, optimizer, batches((5,), 3, dtype=torch.bfloat16))
+    twin = mlp()
+    twin.load_state_dict(model.state_dict())
+    theirs = make(twin)
+    theirs.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for key, value in optimizer.state.get(p, {}).items():
+            assert torch.equal(value, theirs.state[q][key])
+    train(twin, theirs, batches((5,), 3))
+
+
+# torch.compile.
+
+
+DYNAMO = pytest.mark.filterwarnings(  # what it does with tensors while it traces
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
+@DYNAMO
+@pytest.mark.parametrize("order", ["before", "after", "in place"])
+def test_a_compiled_model_trains_as_it_does_without(order):
+    """Traced by dynamo and run by eager kernels, so that equality can be asked for."""
+    torch._dynamo.reset()
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    twin = copy.deepcopy(model)
+    optimizer = kfqn.KFBFGS(model, lr=0.3)
+    if order == "before":
+        compiled = torch.compile(twin, backend="eager")
+        theirs = kfqn.KFBFGS(compiled, lr=0.3)
+    elif order == "after":
+        theirs = kfqn.KFBFGS(twin, lr=0.3)
+        compiled = torch.compile(twin, backend="eager")
+    else:
+        twin.compile(backend="eager")
+        compiled, theirs = twin, kfqn.KFBFGS(twin, lr=0.3)
+    train(model, optimizer, data)
+    train(compiled, theirs, data)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    torch._dynamo.reset()
+
+
+@DYNAMO
+def test_a_model_compiled_and_run_before_is_told_what_to_do():
+    torch._dynamo.reset()
+    model, (batch,) = mlp(), batches((5,), 1)
+    compiled = torch.compile(model, backend="eager")
+    F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+    optimizer = kfqn.KFBFGS(model)
+    with pytest.raises(RuntimeError, match=r"call torch\._dynamo\.reset\(\) first"):
+        optimizer.step(closure(compiled, optimizer, *batch))
+    torch._dynamo.reset()
+    train(compiled, optimizer, [batch])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_torch_func_sees_the_model_as_if_nobody_watched(method):
+    model, x = mlp(), torch.randn(4, 5)
+    expected = torch.func.vmap(torch.func.jacrev(model))(x)
+    optimizer = TWO_PASS[method](model)
+    assert torch.equal(torch.func.vmap(torch.func.jacrev(model))(x), expected)
+    assert not optimizer._watch.waiting
