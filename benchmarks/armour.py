@@ -57,7 +57,8 @@ def run(method: str, lr: float, damping: float, clip: float | None, epochs: int,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clip", type=float, nargs="*", default=[])
+    parser.add_argument("--clip", type=float, nargs="*", default=[], help="besides none")
+    parser.add_argument("--only-clipped", action="store_true", help="leave out the method to the letter")
     parser.add_argument("--epochs", type=int, default=28)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["kfbfgs"])
@@ -69,7 +70,7 @@ def main() -> int:
     grid = PRINTED["kfbfgs"]
     all_finite = True
     for method in options.methods:
-        for clip in [None, *options.clip]:
+        for clip in [*([] if options.only_clipped else [None]), *options.clip]:
             print(f"\n{method}, clip {clip}: training loss after {options.epochs} epochs")
             print("damping \\ lr" + "".join(f"{lr:>9g}" for lr in grid["lr"]))
             ends: list[End] = []

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
                 raise Failure(f"{package} is missing: install the race with pip install 'kfqn[race]'.")
+        if options.command != "race" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise Failure(f"torchrun can start a race, not a {options.command}: start it as kfqn itself.")
         home = {"figure": "paper_figures", "table": "paper_tables"}.get(options.command, "commands")
         module = importlib.import_module(f"kfqn.race.{home}")
         result: int = getattr(module, options.command)(options)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from kfqn.race import processes
 from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import best_settings
 from kfqn.race.problems import PROBLEMS
@@ -19,10 +20,12 @@ def race(options: argparse.Namespace) -> int:
         for name, settings in options.optimizers
     ]
     scale = scale_of(options, problem)
-    shop = open_workshop(options, [problem], out)
-    runs = shop.run(problem, field, options.seeds, scale, RACE.loss)
-    write_report(runs, out, shop.console)
-    return exit_status(runs)
+    with processes.together(options.device):
+        shop = open_workshop(options, [problem], out)
+        runs = shop.run(problem, field, options.seeds, scale, RACE.loss)
+        if processes.rank() == 0:
+            write_report(runs, out, shop.console)
+        return exit_status(runs)
 
 
 def sweep(options: argparse.Namespace) -> int:

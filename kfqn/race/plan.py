@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kfqn.race.grids import Settings
 from kfqn.race.problems import Problem
+from kfqn.race.processes import count
 from kfqn.race.runs import Config
 
 EVALUATED = 10_000  # training and test images that loss and error are read on
@@ -28,7 +29,8 @@ class Scale:
     @property
     def threads(self) -> int:
         """Intra-op threads of a run: one, unless it has the CPU to itself."""
-        return os.cpu_count() or 1 if self.jobs == 1 and self.device == "cpu" else 1
+        alone = self.jobs == 1 and self.device == "cpu" and count() == 1
+        return os.cpu_count() or 1 if alone else 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Co
             train_size=scale.train_size,
             device=scale.device,
             threads=scale.threads,
+            processes=count(),
         )
         for seed in range(seeds)
         for name, settings in field

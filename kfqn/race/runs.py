@@ -25,7 +25,7 @@ class Config:
 
     A run ends after ``epochs``, or at the end of the epoch in which its CPU seconds of training
     reach ``budget``, whichever is first; None is no limit. Loss and error are read on the
-    first ``evaluated`` training and test images.
+    first ``evaluated`` training and test images. Each of ``processes`` takes its share of every batch.
     """
 
     problem: str
@@ -41,12 +41,16 @@ class Config:
     train_size: int | None
     device: str
     threads: int
+    processes: int = 1
 
     @property
     def identity(self) -> str:
         """The name of the run's folder: readable, and different for different configurations."""
         values = "-".join(f"{key}{value:g}" for key, value in self.settings.items())
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        every = asdict(self)
+        if self.processes == 1:  # as it was named before there could be several
+            del every["processes"]
+        digest = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.entrant}-{values}-seed{self.seed}-{digest}"
 
 

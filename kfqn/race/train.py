@@ -22,10 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import kfqn
 from kfqn.closures import Closure
 from kfqn.optimizer import KroneckerOptimizer
+from kfqn.race import processes
 from kfqn.race.data import Dataset, Images
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.problems import PROBLEMS, Problem
@@ -37,7 +39,10 @@ PROGRESS_SECONDS = 0.5
 
 
 def train(run: Run, data_dir: Path | None) -> None:
-    """Do a run from where it stands to its end; what goes wrong in it becomes its last record."""
+    """Do a run from where it stands to its end; what goes wrong in it becomes its last record.
+
+    One of several processes then also ends, so that the others do not wait for it.
+    """
     try:
         Trainer(run, data_dir).train()
     except Exception as error:
@@ -45,6 +50,8 @@ def train(run: Run, data_dir: Path | None) -> None:
         run.write(
             [*run.epochs(), {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}]
         )
+        if processes.count() > 1:
+            raise
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,10 +69,11 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
-        self.device = torch.device(config.device)
+        self.device = torch.device(processes.place(config.device))
         self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
         self.model = problem.network(config.width).to(self.device)
-        self.optimizer = entrant.build(self.model, config.settings, config.weight_decay)
+        self.trained = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
+        self.optimizer = entrant.build(self.trained, config.settings, config.weight_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average: Tensor | None = None
         self.records: list[Record] = []
@@ -84,18 +92,19 @@ class Trainer:
             self.load()
         elif isinstance(self.optimizer, KroneckerOptimizer):
             self.warm_start(self.optimizer)
-        self.run.write(self.records)
+        self.write(self.records)
         while not self.done:
             epoch = len(self.records) + 1
             self.train_epoch(epoch)
-            record = self.evaluate(epoch)
+            record = processes.of_the_first(self.evaluate(epoch))
+            self.seconds, self.cpu_seconds = record["seconds"], record["cpu_seconds"]
             if not math.isfinite(record["train_loss"] + record["average_loss"]):
                 self.finish(
                     {"status": "diverged", "reason": f"the training loss in epoch {epoch} is not finite"}
                 )
                 return
             self.records.append(record)
-            self.run.write(self.records)
+            self.write(self.records)
             if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                 self.save()
         self.finish({"status": "finished"})
@@ -114,8 +123,14 @@ class Trainer:
     def finish(self, end: Record) -> None:
         """Write the last record; nothing is left to resume."""
         facts = {"warm_start_seconds": self.warm_start_seconds, "conditions": self.conditions}
-        self.run.write([*self.records, end | facts])
-        self.run.checkpoint.unlink(missing_ok=True)
+        self.write([*self.records, end | facts])
+        if processes.rank() == 0:
+            self.run.checkpoint.unlink(missing_ok=True)
+
+    def write(self, records: list[Record]) -> None:
+        """Replace the records; of several processes the first does."""
+        if processes.rank() == 0:
+            self.run.write(records)
 
     def warm_start(self, optimizer: KroneckerOptimizer) -> None:
         """Start from one epoch of augmented batches, as the authors did: those of the first epoch."""
@@ -141,11 +156,12 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of any optimizer; the loss before it."""
         loss: Any = self.optimizer.step(self.closure(x, y))  # type: ignore[arg-type]
-        return torch.as_tensor(loss).detach()
+        return processes.mean(torch.as_tensor(loss).detach())
 
     def closure(self, x: Tensor, y: Tensor) -> Closure:
-        """The closure of a batch."""
-        return kfqn.closure(self.model, x, y, F.cross_entropy)
+        """The closure of a batch, or of this process's share of it."""
+        share = slice(processes.rank(), None, processes.count())
+        return kfqn.closure(self.trained, x[share], y[share], F.cross_entropy)
 
     def evaluate(self, epoch: int) -> Record:
         """The record of a finished epoch."""
@@ -156,7 +172,7 @@ class Trainer:
         with averaged():
             train_loss, _ = self.loss_and_error(self.data.train.first(self.config.evaluated))
             test_loss, test_error = self.loss_and_error(self.data.test.first(self.config.evaluated))
-        return {
+        record: Record = {
             "epoch": epoch,
             "train_loss": train_loss,
             "average_loss": self.average.item(),
@@ -165,6 +181,9 @@ class Trainer:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
+        if isinstance(self.optimizer, KroneckerOptimizer):
+            record["diagnostics"] = self.optimizer.diagnostics()
+        return record
 
     @torch.no_grad()
     def loss_and_error(self, images: Images) -> tuple[float, float]:
@@ -179,7 +198,7 @@ class Trainer:
 
     def show(self, fraction: float) -> None:
         """Say how far the run is, but not at every step."""
-        if time.monotonic() - self.shown_at > PROGRESS_SECONDS:
+        if processes.rank() == 0 and time.monotonic() - self.shown_at > PROGRESS_SECONDS:
             self.run.show_progress(fraction)
             self.shown_at = time.monotonic()
 
@@ -190,6 +209,9 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint that `load` goes on from as if nothing had happened."""
+        self.saved_at = time.monotonic()
+        if processes.rank() > 0:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -201,7 +223,6 @@ class Trainer:
         }
         with atomic_path(self.run.checkpoint) as partial:
             torch.save(state, partial)
-        self.saved_at = time.monotonic()
 
     def load(self) -> None:
         """Go back to the last checkpoint; later epochs are done again."""
@@ -224,6 +245,7 @@ def conditions_of(device: torch.device) -> dict[str, str]:
         "kfqn": kfqn.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processes a run": str(processes.count()),
     }
 
 

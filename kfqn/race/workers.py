@@ -5,14 +5,17 @@ folders, so workers of other commands, or of other machines that share the folde
 respected too; and whoever watches reads the folders, so it sees them all.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from kfqn.race import processes
 from kfqn.race.runs import Run
 
 POLL_SECONDS = 0.5
@@ -38,6 +41,9 @@ def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[]
     workers at once on Ctrl-C, on SIGTERM, or on any error in ``watch``; the same call goes on
     from there. A run whose worker was killed from outside is left unfinished.
     """
+    if processes.count() > 1:
+        _do_together(runs, data_dir, watch)
+        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         left = [run for run in runs if run.end() is None]
@@ -51,6 +57,38 @@ def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[]
     finally:
         signal.signal(signal.SIGTERM, previous)
     watch()
+
+
+def _do_together(runs: Sequence[Run], data_dir: Path | None, watch: Callable[[], None]) -> None:
+    """Do the runs one after the other, all processes that torchrun started at each of them."""
+    from kfqn.race.train import train
+
+    first = processes.rank() == 0
+    for run in runs:
+        with run.claimed() if first else contextlib.nullcontext(False) as ours:
+            if processes.of_the_first(ours and run.end() is None):
+                with _watched(watch) if first else contextlib.nullcontext():
+                    train(run, data_dir)
+        processes.of_the_first(None)  # its last record is written before another process looks
+    watch()
+
+
+@contextlib.contextmanager
+def _watched(watch: Callable[[], None]) -> Iterator[None]:
+    """Call ``watch`` twice a second while inside."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(POLL_SECONDS):
+            watch()
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from kfqn.race import sweep
+from kfqn.race import processes, sweep
 from kfqn.race.cifar import Cifar
 from kfqn.race.entrants import check_settings
 from kfqn.race.failure import Failure
@@ -47,6 +47,7 @@ class Workshop:
             self.console.print(
                 f"{known} of {len(runs)} runs are done already; delete {self.out} to repeat them."
             )
+        processes.of_the_first(None)  # every process has seen how things stand
         with live_view(runs, self.console, by) as update:
             do(runs, scale.jobs, self.data_dir, update)
         return runs
@@ -71,7 +72,7 @@ def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out:
 
 def terminal() -> Console:
     """Where to print; a file has no edge to fold at."""
-    console = Console()
+    console = Console(quiet=processes.rank() > 0)
     if not console.is_terminal:
         console.width = 160
     return console
@@ -84,6 +85,11 @@ def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
             f"--train-size must be at least one batch, {problem.batch_size} here, got {options.train_size}."
         )
     check_device(options.device)
+    if problem.batch_size % processes.count():
+        raise Failure(
+            f"a batch of {problem.batch_size} cannot be shared by {processes.count()} processes: start as many "
+            "as divide it, with torchrun --nproc-per-node."
+        )
     unlimited = options.epochs is None and options.budget is None
     return Scale(
         epochs=problem.epochs if unlimited else options.epochs,
