@@ -7,10 +7,9 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from kfqn.capture import Seen
-from kfqn.curvature import second_moment
+from kfqn.curvature import damped_inverse, second_moment
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.optimizer import inverse_factor
 from kfqn.secant import dot, double_damping, lbfgs_matmul, lbfgs_push_
 from kfqn.settings import checked_settings
 from kfqn.two_pass import First, TwoPassOptimizer
@@ -97,8 +96,12 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         return (*layer.groups, layer.columns, layer.columns)
 
     def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:  # line 11
-        state["H_A"].copy_(inverse_factor(layer, first.As, math.sqrt(group["damping"]), "H_A"))
-        self._count(state, {"A taken": 1})
+        try:
+            state["H_A"].copy_(damped_inverse(first.As, math.sqrt(group["damping"])))
+        except ValueError:  # inputs too large for a second moment; the last H_A stays
+            self._count(state, {"A skipped": 1})
+        else:
+            self._count(state, {"A taken": 1})
 
     def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
         ratio, mu2 = dot(s, y) / dot(y, y), math.sqrt(group["damping"])

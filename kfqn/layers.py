@@ -94,7 +94,7 @@ class Layer(ABC):
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (*g, I, C)."""
         for p, part in self._parts(P):
-            p.add_(part.to(p.dtype), alpha=alpha)
+            p.add_(part, alpha=alpha)  # rounded to the parameter's type once
 
     def set_(self, W: Tensor) -> None:
         """Make W, of shape (*g, I, C), the parameters, in place."""

@@ -70,6 +70,7 @@ class KroneckerOptimizer(LayeredOptimizer):
         """What is not saved: hooks, and the memory of the last pass."""
         self._ranks = Ranks(self._process_group)
         self._owners: dict[Layer, int] = {}
+        self._stepped = False  # whether step() has been called since the last second pass
         self._watch = Watch(self._model, self._layers, self._first_look)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -218,6 +219,7 @@ class KroneckerOptimizer(LayeredOptimizer):
                 f"the closure given to {self._name}.step left no gradient on any layer: call "
                 "loss.backward() inside it, on a loss that depends on the model."
             )
+        self._stepped = bool(gradients)
         if not self._finite(loss, gradients):
             return None
         self._start_from(self._missing(gradients), seen, closure)

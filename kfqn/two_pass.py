@@ -50,7 +50,6 @@ class TwoPassOptimizer(KroneckerOptimizer):
         super()._begin()
         self._firsts: dict[Layer, First] = {}  # of a step whose second pass is still to come
         self._rewinds: list[Rewind] = []
-        self._stepped = False
 
     @abstractmethod
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
@@ -75,7 +74,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _note_G(self, state: State, ratio: Tensor, damped: Tensor, used: Tensor) -> None:
         """Count what became of a pair, by group; ``ratio`` is sᵀy/yᵀHy before damping."""
         self._count(state, {"G taken": used.sum(), "G damped": damped.sum(), "G skipped": (~used).sum()})
-        state["last"][1] = ratio.min()
+        state["last"][1] = ratio.min().nan_to_num(0.0)  # 0/0 where nothing changes
 
     @abstractmethod
     def _start_G(self, state: State) -> None:
@@ -123,7 +122,6 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._rewinds = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()
-        self._stepped = True
         if closure is not None:
             with self.second_pass(rewind=self._rewind):
                 closure()

@@ -166,7 +166,8 @@ class Algorithm2:
         for i in range(len(self.W)):
             s_A = self.H_A[i] @ a[i].mean((0, 1))
             y_A = second_moment(a[i]) @ s_A + self.lam * s_A
-            self.H_A[i] = bfgs(self.H_A[i], s_A, y_A)
+            if s_A @ y_A > 0:
+                self.H_A[i] = bfgs(self.H_A[i], s_A, y_A)
             ds = (h_new[i] - h[i]).mean((0, 1))
             dy = (Dh_new[i] - Dh[i]).mean((0, 1))
             self.s_G[i] = self.beta * self.s_G[i] + (1 - self.beta) * ds

@@ -32,13 +32,25 @@ class Entrant:
 def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
-    return kfqn.KFBFGS(model, lr=settings["lr"], damping=settings["damping"], weight_decay=weight_decay)
+    return kfqn.KFBFGS(
+        model,
+        lr=settings["lr"],
+        damping=settings["damping"],
+        weight_decay=weight_decay,
+        clip=settings.get("clip"),
+    )
 
 
 def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
-    return kfqn.KFLBFGS(model, lr=settings["lr"], damping=settings["damping"], weight_decay=weight_decay)
+    return kfqn.KFLBFGS(
+        model,
+        lr=settings["lr"],
+        damping=settings["damping"],
+        weight_decay=weight_decay,
+        clip=settings.get("clip"),
+    )
 
 
 def _kfac(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
@@ -77,8 +89,8 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
 ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping")),
-        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping")),
+        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), ("clip",)),
+        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), ("clip",)),
         Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
         Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
         Entrant("sgd", "SGD-m", _sgd, ("lr",)),

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,7 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
         rows=[astuple(row) for row in table],
         explanation=EXPLANATION,
         losses=losses_of(runs),
+        factors=factors_of(standings),
         conditions=conditions_of(runs),
     )
     write_atomically(out / "race.html", html)
@@ -58,6 +59,29 @@ def standings_of(runs: Sequence[Run], measure: Measure = RACE) -> list[Standing]
         config = run.config
         groups.setdefault(f"{config.entrant} {sorted(config.settings.items())}", []).append(run)
     return [Standing(group, measure) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`diagnostics` of an optimizer at the end of a run, as a table of its layers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def factors_of(standings: Sequence[Standing]) -> list[Factors]:
+    """What the factors did in the first finished run of every optimizer that tells."""
+    found = []
+    for standing in standings:
+        last = standing.epochs[0][-1].get("diagnostics") if standing.epochs else None
+        if last:
+            layers = {name: values for name, values in last.items() if name}
+            headings = [*next(iter(layers.values()))]
+            rows = [[name, *(f"{values[key]:.4g}" for key in headings)] for name, values in layers.items()]
+            refused = f"{last['']['refused']:g} steps refused"
+            found.append(Factors(f"{standing.label}: {refused}", ["layer", *headings], rows))
+    return found
 
 
 def title_of(runs: Sequence[Run]) -> str:

@@ -87,8 +87,8 @@ def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
     check_device(options.device)
     if problem.batch_size % processes.count():
         raise Failure(
-            f"a batch of {problem.batch_size} cannot be shared by {processes.count()} processes: start as many "
-            "as divide it, with torchrun --nproc-per-node."
+            f"a batch of {problem.batch_size} cannot be shared by {processes.count()} processes: start as "
+            "many as divide it, with torchrun --nproc-per-node."
         )
     unlimited = options.epochs is None and options.budget is None
     return Scale(
