@@ -46,12 +46,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def seconds_of_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
+    closure = kfqn.closure(model, x, y, F.cross_entropy)
     synchronise(x.device)
     start = time.perf_counter()
     optimizer.step(closure)  # type: ignore[arg-type]
