@@ -5,6 +5,7 @@ import torch
 
 from kfqn.race.models import all_cnn_c, small_all_cnn, vgg16
 from kfqn.race.problems import PROBLEMS
+from kfqn.race.resnet import Block, resnet20
 
 
 def test_the_small_all_cnn_has_no_relu_on_its_logits():
@@ -40,6 +41,47 @@ def test_vgg16_is_configuration_d_as_coded():
     assert max(columns) == 4609
     assert sum(c * c for c in columns) * 4 == pytest.approx(608 * 2**20, rel=0.001)  # all H_A
     assert convolutions[1].weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+
+
+def test_resnet20_is_he_et_als():  # section 4.2: 6n + 2 layers for n = 3, 0.27 M parameters (table 6)
+    model = resnet20(classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 269_722
+    modules = [*model.modules()]
+    convolutions = [m for m in modules if isinstance(m, torch.nn.Conv2d)]
+    linear = [m for m in modules if isinstance(m, torch.nn.Linear)]
+    assert len(convolutions) + len(linear) == 20
+    assert [m.out_channels for m in convolutions] == [16] * 7 + [32] * 6 + [64] * 6
+    assert [m.stride[0] for m in convolutions] == [1] * 7 + [2] + [1] * 5 + [2] + [1] * 5
+    assert all(m.kernel_size == (3, 3) and m.bias is None for m in convolutions)
+    followers = [modules[modules.index(m) + 1] for m in convolutions]
+    assert all(isinstance(m, torch.nn.BatchNorm2d) for m in followers)
+    assert [m.num_features for m in followers] == [m.out_channels for m in convolutions]
+    assert [(m.in_features, m.out_features) for m in linear] == [(64, 10)]
+    shapes = [x.shape[1:] for x in stages(model, torch.zeros(2, 3, 32, 32))]
+    assert shapes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+    for m in convolutions:  # He et al. (2015), fan out
+        assert m.weight.std().item() == pytest.approx((2 / (9 * m.out_channels)) ** 0.5, rel=0.1)
+
+
+def stages(model, x):
+    """What comes out of each of the nine blocks."""
+    for module in model:
+        x = module(x)
+        if isinstance(module, Block):
+            yield x
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(5, 5, 1), (4, 8, 2)])
+def test_the_shortcut_of_a_block_is_every_other_location_and_zeros(inputs, outputs, stride):
+    block, x = Block(inputs, outputs, stride), torch.rand(3, inputs, 6, 6)
+    expected = torch.zeros(3, outputs, 6 // stride, 6 // stride)
+    for i in range(6 // stride):
+        for j in range(6 // stride):
+            expected[:, :inputs, i, j] = x[:, :, stride * i, stride * j]
+    assert torch.equal(block(x), torch.relu(block.residual(x) + expected))
+    torch.nn.init.zeros_(block.residual[-1].weight)  # BatchNorm: F(x) = 0
+    assert torch.equal(block(x), expected)
+    assert {name.split(".")[0] for name, _ in block.named_parameters()} == {"residual"}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -34,6 +34,14 @@ def test_the_ranges_of_appendix_b2():
     assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.ENTRANTS)
 
 
+def test_problems_that_are_not_the_papers_have_ranges_in_torchs_convention():
+    assert set(grids.OURS) == set(problems.PROBLEMS) - set(grids.TABLE_3)
+    assert all(set(ranges) == set(entrants.ENTRANTS) for ranges in grids.OURS.values())
+    rates = [point["lr"] for point in grids.grid("cifar10-resnet20", "sgd")]
+    assert min(rates) < 0.1 < max(rates)  # what He et al. (2016) took
+    assert not any("beta2" in point for point in grids.grid("cifar10-resnet20", "adam"))
+
+
 @pytest.mark.parametrize("problem", grids.TABLE_3)
 def test_table_3_lies_on_the_printed_ranges(problem):
     assert problem in problems.PROBLEMS

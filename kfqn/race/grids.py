@@ -1,4 +1,4 @@
-"""What a sweep tries, as data: the ranges of appendix B.2, and those of the digits.
+"""What a sweep tries, as data: the ranges of appendix B.2, and those of problems that are not the paper's.
 
 `PRINTED` and `TABLE_3` hold the paper's numbers as printed. Its SGD-m averages the gradient, so that its
 learning rate is ten times that of `torch.optim.SGD` with momentum 0.9 (`docs/decisions.md`, 15);
@@ -73,6 +73,14 @@ DIGITS: Mapping[str, Grid] = {
     "adam": {"lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},
 }
 
+# The printed numbers, but in torch's convention, so that SGD-m's lr 0.1 of He et al. (2016) is no edge.
+RESNET20: Mapping[str, Grid] = {
+    **PRINTED,
+    "adam": {key: PRINTED["adam"][key] for key in ("lr", "eps")},
+}
+
+OURS = {"digits": DIGITS, "cifar10-resnet20": RESNET20}  # problems with ranges in torch's convention
+
 
 def in_torch(entrant: str, settings: Settings) -> dict[str, float]:
     """Settings as the paper prints them, in the convention of torch's optimizers."""
@@ -93,7 +101,7 @@ def grid(problem: str, entrant: str, thinned: Collection[str] = ()) -> list[dict
 
     A thinned setting keeps its last value, where the paper's best damping often lies.
     """
-    ranges = DIGITS[entrant] if problem == "digits" else PRINTED[entrant]
+    ranges = OURS.get(problem, PRINTED)[entrant]
     kept = [values[::-1][::2][::-1] if key in thinned else values for key, values in ranges.items()]
     points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
-    return points if problem == "digits" else [in_torch(entrant, point) for point in points]
+    return points if problem in OURS else [in_torch(entrant, point) for point in points]

@@ -77,7 +77,13 @@ def _vgg16(classes: int, channels: int, width: int) -> "nn.Module":
     return vgg16(classes, channels, width)
 
 
-def _of_the_paper(
+def _resnet20(classes: int, channels: int, width: int) -> "nn.Module":
+    from kfqn.race.resnet import resnet20
+
+    return resnet20(classes, channels, width)
+
+
+def _on_cifar(
     name: str,
     title: str,
     source: Callable[[], "Cifar"],
@@ -85,7 +91,7 @@ def _of_the_paper(
     model: Callable[[int, int, int], "nn.Module"],
     width: int,
 ) -> Problem:
-    """One of the four problems of section 6, with the fixed settings of appendix B.2."""
+    """One of the four problems of section 6, or another under the fixed settings of appendix B.2."""
 
     def data(data_dir: Path | None) -> "Dataset":
         assert data_dir is not None
@@ -123,9 +129,10 @@ PROBLEMS = {
             batch_size=256,
             weight_decay=0.0,
         ),
-        _of_the_paper("cifar10-allcnn", "CIFAR-10, All-CNN-C", _cifar_10, 10, _all_cnn_c, 96),
-        _of_the_paper("cifar10-vgg16", "CIFAR-10, VGG16", _cifar_10, 10, _vgg16, 64),
-        _of_the_paper("cifar100-allcnn", "CIFAR-100, All-CNN-C", _cifar_100, 100, _all_cnn_c, 96),
-        _of_the_paper("cifar100-vgg16", "CIFAR-100, VGG16", _cifar_100, 100, _vgg16, 64),
+        _on_cifar("cifar10-allcnn", "CIFAR-10, All-CNN-C", _cifar_10, 10, _all_cnn_c, 96),
+        _on_cifar("cifar10-vgg16", "CIFAR-10, VGG16", _cifar_10, 10, _vgg16, 64),
+        _on_cifar("cifar10-resnet20", "CIFAR-10, ResNet-20", _cifar_10, 10, _resnet20, 16),
+        _on_cifar("cifar100-allcnn", "CIFAR-100, All-CNN-C", _cifar_100, 100, _all_cnn_c, 96),
+        _on_cifar("cifar100-vgg16", "CIFAR-100, VGG16", _cifar_100, 100, _vgg16, 64),
     )
 }
