@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import BATCH, TINY, config, kfqn, one_line
+from lab import BATCH, TINY, config, kfqn, one_line, write_toy_cifar
 
 from kfqn.race import entrants, grids, workers
 from kfqn.race.failure import Failure
@@ -42,6 +42,22 @@ def test_a_race_from_the_command_line(tmp_path):
     again = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
     assert "10 of 10 runs are done already" in again.stdout
     assert before == {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
+
+
+def test_all_five_train_resnet20_with_the_settings_of_the_package(tmp_path):
+    """BatchNorm belongs to no layer, shortcuts join two: the paper's networks have neither."""
+    scale = ["--width", 2, "--eval-size", 10, "--epochs", 2, "--seeds", 1, "--jobs", 2]
+    data = write_toy_cifar(tmp_path / "cifar")
+    result = kfqn("race", "--problem", "cifar10-resnet20", *scale, "--data-dir", data, "--out", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "CIFAR-10, ResNet-20 of width 2" in result.stdout
+    runs = [Run(folder) for folder in (tmp_path / "runs").iterdir()]
+    assert {run.config.entrant for run in runs} == {*entrants.ENTRANTS}
+    for run in runs:
+        name, (first, second) = run.config.entrant, run.epochs()
+        assert run.config.settings == entrants.best_settings("cifar10-resnet20", name, Path("none"))[0]
+        assert run.end()["status"] == "finished"
+        assert first["train_loss"] != second["train_loss"]
 
 
 def test_a_run_that_diverges_is_a_result_and_is_shown(tmp_path):
