@@ -95,7 +95,7 @@ class KroneckerOptimizer(LayeredOptimizer):
         if self._process_group is None and running is not None:
             self._process_group = running.process_group
             self._ranks = Ranks(self._process_group)
-            for layer in self._layers:  # a warm start before may have seen other data in each process
+            for layer in self._layers if not self._shard else []:  # each may have warm-started by itself
                 for value in self.state.get(layer.weight, {}).values():
                     self._ranks.send(value, 0)
         if self._shard and self._ranks.size > 1:

@@ -114,3 +114,66 @@ def closure(model, optimizer, x, target, loss_fn=F.cross_entropy):
     """One closure for every optimizer; the same as a user's own for all but KFAC."""
     del optimizer
     return kfqn.closure(model, x, target, loss_fn)
+
+
+class SeparableBlock(nn.Module):
+    """A depthwise and a pointwise convolution with BatchNorm, and a shortcut."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.pointwise(F.relu(self.norm(self.depthwise(x)), inplace=True))
+
+
+def separable_net(classes=10):
+    """A small MobileNet-like net for the digits; input (1, 8, 8)."""
+    blocks = [SeparableBlock(12), nn.MaxPool2d(2), SeparableBlock(12)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(12, classes)]
+    return nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), *blocks, *head)
+
+
+class Attention(nn.Module):
+    """Self-attention with a packed `Linear` projection, two heads."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A transformer's block, normalised before."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.attention = Attention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 2×2, a class token, learnt positions, two blocks, for the digits; input (1, 8, 8)."""
+
+    def __init__(self, classes=10, width=16):
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 17, width))
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])

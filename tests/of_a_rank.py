@@ -3,6 +3,7 @@
 Writes weights, state and diagnostics of this rank after each to the folder.
 """
 
+import io
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ def train(method, how, folder):
     model = grouped()
     wrapped = DistributedDataParallel(model)
     options = {"lr": 0.3, "damping": 1.0, "weight_decay": 0.01}
-    if how == "sharded":
+    if how.startswith("sharded"):
         options["shard_factors"] = True
     optimizer = OPTIMIZERS[method](wrapped if how == "wrapper" else model, **options)
     joint = data()
@@ -51,6 +52,16 @@ def train(method, how, folder):
         x, y = x[rank::size], y[rank::size]
         if how == "not finite" and step == 2 and rank == 1:
             x = x * float("inf")
+        if how.endswith("resumed") and step == 2:  # as another process would, from what each rank has saved
+            saved = io.BytesIO()
+            torch.save([model.state_dict(), optimizer.state_dict()], saved)
+            saved.seek(0)
+            weights, state = torch.load(saved)
+            model = grouped()
+            model.load_state_dict(weights)
+            wrapped = DistributedDataParallel(model)
+            optimizer = OPTIMIZERS[method](model, **options)
+            optimizer.load_state_dict(state)
         if how == "by hand":
             by_hand(wrapped, optimizer, x, y)
         else:

@@ -321,3 +321,54 @@ def test_help_is_instant_and_needs_no_torch():
 def test_settings_that_no_sweep_has_found_are_asked_for():
     with pytest.raises(Failure, match=r"no settings are known for adam on elsewhere.*adam:lr=...,eps=..."):
         entrants.best_settings("elsewhere", "adam", Path("none"))
+
+
+# Several processes, and what the records tell of the factors.
+
+
+def test_two_processes_race_as_one_does(tmp_path):
+    """Each trains on its half of every batch; started by torchrun, as on several machines."""
+    race = ["race", "--optimizers", "kfbfgs", "sgd", "--seeds", "1", *TINY]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = subprocess.run(
+        [*command, "-m", "kfqn", *race, "--out", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert together.returncode == 0, together.stderr[-3000:]
+    assert together.stdout.count("was first at the common target") == 1  # only the first process speaks
+    alone = kfqn(*race, "--jobs", "2", "--out", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    for name in ("kfbfgs", "sgd"):
+        two, one = (Run(next((tmp_path / of / "runs").glob(f"{name}-*"))) for of in ("two", "one"))
+        assert two.config.processes == 2
+        assert two.end()["conditions"]["processes a run"] == "2"
+        for a, b in zip(two.epochs(), one.epochs(), strict=True):
+            for key in ("train_loss", "average_loss", "test_loss"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+def test_torchrun_starts_a_race_with_a_number_of_processes_that_divides_the_batch(tmp_path):
+    alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0"}
+    for arguments, size, part in (
+        (["sweep", "--out", tmp_path], "2", "torchrun can start a race, not a sweep"),
+        (["race", "--out", tmp_path], "3", "a batch of 256 cannot be shared by 3 processes"),
+    ):
+        result = kfqn(*arguments, env=os.environ | alone | {"WORLD_SIZE": size})
+        one_line(result, part)
+        assert not [*tmp_path.iterdir()]
+
+
+def test_records_and_report_tell_what_the_factors_did(tmp_path):
+    result = kfqn("race", "--optimizers", "kfbfgs", "kfac", "sgd", "--seeds", "1", *TINY, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (ours,) = (Run(folder) for folder in (tmp_path / "runs").glob("kfbfgs-*"))
+    first, last = (record["diagnostics"] for record in ours.epochs())
+    assert last["0"]["steps"] == 2 * first["0"]["steps"] == 4
+    assert last["0"]["A taken"] + last["0"]["A skipped"] == 4
+    (plain,) = (Run(folder) for folder in (tmp_path / "runs").glob("sgd-*"))
+    assert "diagnostics" not in plain.epochs()[0]
+    page = (tmp_path / "race.html").read_text(encoding="utf-8")
+    assert "What the factors did" in page
+    assert page.count("steps refused") == 2

@@ -58,7 +58,12 @@ def test_two_processes_are_one_on_the_joint_batch(tmp_path):
 
 def test_the_factors_can_be_shared_out_and_a_step_refused_by_one_is_refused_by_all(tmp_path):
     cases = ["KFBFGS:sharded", "KFLBFGS:sharded", "KFAC:closure", "KFBFGS:not finite"]
-    found = two_processes(cases, tmp_path)
+    resumed = ["KFBFGS:resumed", "KFBFGS:sharded resumed"]
+    found = two_processes(cases + resumed, tmp_path)
+    for case, plain in zip(resumed, ["KFBFGS:sharded"] * 2, strict=True):
+        torch.testing.assert_close(found[case][0]["model"], found[case][1]["model"], rtol=0, atol=0)
+        same(found[case][0]["model"], found[plain][0]["model"])
+    torch.testing.assert_close(found["KFBFGS:sharded resumed"], found["KFBFGS:sharded"], rtol=0, atol=0)
     for case in cases[:2]:
         first, second = found[case]
         torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
