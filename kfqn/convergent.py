@@ -31,7 +31,7 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (k + 1) ** -b)
 
     Args:
-        model, weight_decay, others: as for `KFBFGS`.
+        model, weight_decay, and all from decoupled_weight_decay on: as for `KFBFGS`.
         lr: the learning rate α_k.
         damping: λ; λ_A = λ_G = √λ.
         history_size: p, how many pairs (s, y) are kept; the oldest is dropped.

@@ -36,7 +36,8 @@ class KFAC(KroneckerOptimizer):
             loss = optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
 
     Args:
-        model, weight_decay: as for `KFBFGS`.
+        model, weight_decay, decoupled_weight_decay, groups, others, process_group, shard_factors,
+            error_if_nonfinite: as for `KFBFGS`.
         lr: the learning rate α.
         damping: λ; √λ is added to either factor.
         beta: decay of the averages of the gradient, of Ω and of Γ.
@@ -50,11 +51,10 @@ class KFAC(KroneckerOptimizer):
             then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P.
         averaging: decay of an average of the weights, which `averaged` puts in their place.
         seed: of the sampled targets; by default that of `torch.manual_seed`.
-        others: as for `KFBFGS`.
 
     The loss must be the mean negative log-likelihood of the predictive distribution. Settings
-    are read from ``param_groups[0]`` at every step; ``k`` there counts the steps and ``drawn`` the
-    times that targets were drawn, so a resumed run draws what it would have drawn.
+    are read from ``param_groups`` at every step; ``k`` there counts the steps and ``drawn``, in the
+    first, the times that targets were drawn, so a resumed run draws what it would have drawn.
 
     Raises:
         ValueError: as `KFBFGS`.

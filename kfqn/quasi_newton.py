@@ -86,8 +86,8 @@ class KFBFGS(KFQN):
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the network. Its `Linear` layers and ungrouped `Conv1d`, `Conv2d` and `Conv3d` layers get
-            factors; see ``others`` for what else it trains. Frozen parameters are ignored.
+        model: the network. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers get factors; see
+            ``others`` for what else it trains. Frozen parameters are ignored.
         lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
         damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
             for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);
@@ -95,15 +95,24 @@ class KFBFGS(KFQN):
         beta: decay of the averages of the gradient and of the pair (s_G, y_G).
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
+        decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does.
+        clip: κ, an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to which P is scaled down;
+            None is the paper's method to the letter. With 1 even the largest learning rates of
+            the paper's grid train (`docs/results.md`).
+        groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
-            (normalisation, embeddings, grouped convolutions, tied weights, …), which then trains them;
-            AdamW with lr 1e-3 by default. They are in ``param_groups[1:]``. `plan` shows what goes where.
+            (normalisation, embeddings, …), which then trains them in parameter groups of their own;
+            AdamW with lr 1e-3 by default. `plan` shows what goes where.
+        process_group: the processes that train the model together; found by itself with
+            `DistributedDataParallel` (`docs/distributed.md`).
+        shard_factors: let each of these processes hold and update its share of the factors only.
+        error_if_nonfinite: raise FloatingPointError for a loss or gradient that is not finite, where otherwise
+            the step is refused, counted and gone on from.
 
-    ``lr``, ``damping``, ``beta``, ``mu1`` and ``weight_decay`` are read from
-    ``param_groups[0]`` at every step. The loss must be a mean over the batch.
+    Settings are read from ``param_groups`` at every step. The loss must be a mean over the batch.
 
     Raises:
-        ValueError: for an argument out of range, or a model without any such layer.
+        ValueError: for an argument out of range, a group that is none, or a model without any such layer.
     """
 
     def __init__(
