@@ -1,0 +1,40 @@
+"""What curvature is doing, drawn by TensorBoard: `diagnostics` of every layer after every epoch.
+
+    python examples/tensorboard_diagnostics.py --logdir runs/tensorboard
+    tensorboard --logdir runs/tensorboard
+
+One chart for each layer and number: how often a factor has learnt or a pair was damped, the norm of the
+last update, the norms of the factors. If ``resets`` or ``refused`` grow, try a smaller learning rate.
+"""
+
+import argparse
+
+import torch.nn.functional as F
+from digits import batches, digits, network, report
+from torch.utils.tensorboard import SummaryWriter
+
+import kfqn
+
+
+def main():
+    """Train for five epochs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--logdir", default="runs/tensorboard")
+    args = parser.parse_args()
+    train, test = digits()
+    model, loader = network(), batches(train, 128)
+    optimizer = kfqn.KFBFGS(model, lr=10, damping=1)
+    losses = []
+    with SummaryWriter(args.logdir) as writer:
+        for epoch in range(5):
+            for x, y in loader:
+                losses.append(optimizer.step(kfqn.closure(model, x, y, F.cross_entropy)).item())
+            writer.add_scalar("loss", sum(losses[-len(loader) :]) / len(loader), epoch)
+            for layer, numbers in optimizer.diagnostics().items():
+                for name, value in numbers.items():
+                    writer.add_scalar(f"{layer or 'all layers'}/{name}", value, epoch)
+    report(losses, model, optimizer, test)
+
+
+if __name__ == "__main__":
+    main()
