@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: race test lint bench clean
+.PHONY: race test examples lint bench clean
 
 race: $(VENV)/installed-race
 	$(BIN)/kfqn race
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+examples: $(VENV)/installed-examples
+	$(BIN)/python -m pytest examples
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -35,4 +38,8 @@ $(VENV)/installed-race: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed-race
 	$(PIP) -c constraints.txt --group dev
+	touch $@
+
+$(VENV)/installed-examples: $(VENV)/installed-dev
+	$(PIP) -c constraints.txt --group examples
 	touch $@

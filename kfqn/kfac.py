@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from kfqn.capture import Look, Seen
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
+from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.optimizer import KroneckerOptimizer, LayersSeen, Moments, inverse_factor
+from kfqn.optimizer import KroneckerOptimizer
 from kfqn.second_pass import Rewind, random_state, second_pass
 from kfqn.settings import checked_settings
 

@@ -106,8 +106,8 @@ class KFBFGS(KFQN):
         process_group: the processes that train the model together; found by itself with
             `DistributedDataParallel` (`docs/distributed.md`).
         shard_factors: let each of these processes hold and update its share of the factors only.
-        error_if_nonfinite: raise FloatingPointError for a loss or gradient that is not finite, where otherwise
-            the step is refused, counted and gone on from.
+        error_if_nonfinite: raise FloatingPointError for a loss or gradient that is not finite;
+            otherwise the step is refused and counted.
 
     Settings are read from ``param_groups`` at every step. The loss must be a mean over the batch.
 

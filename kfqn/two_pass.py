@@ -18,9 +18,10 @@ from kfqn.curvature import (
     mean_preactivation_gradient,
     second_moment,
 )
+from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, State
 from kfqn.layers import Layer
-from kfqn.optimizer import KroneckerOptimizer, LayersSeen, Moments, inverse_factor
+from kfqn.optimizer import KroneckerOptimizer
 from kfqn.second_pass import Rewind, second_pass, unmoved_buffers
 
 
@@ -123,7 +124,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         for record in seen.values():
             record.let_go()
         if closure is not None:
-            with self.second_pass(rewind=self._rewind):
+            with self.second_pass():
                 closure()
 
     def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
@@ -152,7 +153,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         }
 
     @contextlib.contextmanager
-    def second_pass(self, *, loss_scale: float = 1.0, rewind: Rewind = lambda: None) -> Iterator[None]:
+    def second_pass(self, *, loss_scale: float = 1.0) -> Iterator[None]:
         """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
         For a training loop without closures::
@@ -165,8 +166,6 @@ class TwoPassOptimizer(KroneckerOptimizer):
         The pass leaves no trace in the model (`kfqn.second_pass`); dropout draws the masks of the first.
         Micro-batches are run again in the same order. ``loss_scale`` is the factor that both passes'
         losses have been multiplied with, that of a `GradScaler`, whose ``update`` then comes after.
-        ``rewind`` puts the random state to where the first pass began; not needed where passes go
-        through the model's own ``forward``.
 
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, or nothing ran inside.
@@ -180,7 +179,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         look = replace(self._first_look, inputs=False, frozen=True)
         running = self._watch.data_parallel
         alone = running.no_sync() if running is not None else contextlib.nullcontext()
-        with second_pass(self._model, rewind), torch.enable_grad(), alone:
+        with second_pass(self._model, self._rewind), torch.enable_grad(), alone:
             with self._watch.looking(look, self._rewinds) as seen:
                 yield
         if firsts and not seen and self._ranks.size == 1:

@@ -28,6 +28,7 @@ ORDER = [
     "capture",
     "ranks",
     "groups",
+    "factors",
     "optimizer",
     "two_pass",
     "quasi_newton",

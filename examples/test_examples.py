@@ -1,0 +1,91 @@
+"""Every example as a user runs it: the loss falls, every step teaches curvature, no warning comes up.
+
+`make examples` runs this. `make test` does not: it has none of the packages that the examples are about.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HERE = Path(__file__).parent
+EXAMPLES = [
+    path.name for path in sorted(HERE.glob("*.py")) if path.name not in ("digits.py", "test_examples.py")
+]
+
+# All that the frameworks themselves warn of; any other warning ends the example.
+FILTERS = [
+    "error",
+    "ignore:`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning calls what torch deprecates
+    "ignore:The 'train_dataloader' does not have many workers",  # Lightning, on machines of many cores
+]
+
+# In float64 what differs by rounding alone is printed the same.
+IN_DOUBLE = """import runpy, sys, torch
+torch.set_default_dtype(torch.float64)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs an example in a process and a folder of its own, and returns what `report` printed."""
+
+    def run(command, double=False):
+        script, *options = command.split()
+        filters = [part for rule in FILTERS for part in ("-W", rule)]
+        start = ["-c", IN_DOUBLE] if double else []
+        done = subprocess.run(
+            [sys.executable, *filters, *start, str(HERE / script), *options],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"^(?:loss|layer) .*", done.stdout, re.MULTILINE)
+
+    return run
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_it_trains_and_learns_curvature_from_every_step(run, example):
+    summary, *layers = run(example)
+    first, last, accuracy = map(float, re.findall(r"\d[\d.e-]*", summary))
+    assert last < 0.5 * first
+    assert accuracy > 0.8
+    assert layers
+    for layer in layers:
+        steps, taken = map(int, re.search(r"(\d+) steps, G taken (\d+)$", layer).groups())
+        assert steps == taken > 0
+
+
+def test_steps_with_a_closure_and_by_hand_are_the_same(run):
+    assert run("plain_loop.py --by-hand") == run("plain_loop.py")
+
+
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(run):
+    run("plain_loop.py --checkpoint run.pt --stop-after 2")
+    assert run("plain_loop.py --checkpoint run.pt") == run("plain_loop.py")
+
+
+@pytest.mark.parametrize(
+    "example",
+    ["lightning_manual.py", "lightning_manual.py --by-hand", "accelerate_loop.py", "huggingface_trainer.py"],
+)
+def test_micro_batches_are_one_large_batch(run, example):
+    assert run(f"{example} --micro-batches 4", double=True) == run(example, double=True)
+
+
+def test_tensorboard_has_every_layers_numbers(run, tmp_path):
+    run("tensorboard_diagnostics.py --logdir charts")
+    events = EventAccumulator(str(tmp_path / "charts")).Reload()
+    charts = set(events.Tags()["scalars"])
+    assert {"loss", "all layers/refused", "0/G taken", "2/norm H_A", "5/update"} <= charts
+    assert [event.step for event in events.Scalars("5/norm H_G")] == [0, 1, 2, 3, 4]
