@@ -4,9 +4,8 @@
     python examples/lightning_manual.py                     # one of 256: the same, but for rounding
     python examples/lightning_manual.py --by-hand           # the same again, without a closure
 
-Give Lightning's wrapper, ``self.optimizers()``, a closure that goes through all micro-batches of the step and
-returns their loss. Without a closure use the optimizer inside it; but Lightning does not count its steps:
-``global_step`` stays 0, ``max_steps`` is never reached, and ``ModelCheckpoint`` saves nothing.
+Give ``self.optimizers()`` a closure that goes through all micro-batches of the step and returns their
+loss, or do both passes yourself.
 """
 
 import argparse
@@ -47,8 +46,8 @@ class Digits(lightning.LightningModule):
         optimizer = self.optimizers()
         if self.by_hand:
             loss = self.look()
-            optimizer.optimizer.step()
-            with optimizer.optimizer.second_pass():
+            optimizer.step()
+            with optimizer.second_pass():
                 self.look()
         else:
             loss = optimizer.step(self.look)

@@ -59,6 +59,12 @@ class Seen:
         """The uses in one micro-batch."""
         return [use for use in self.uses if use.batch == batch]
 
+    def since(self, batch: int) -> "Seen":
+        """The uses in this micro-batch and later ones."""
+        later = Seen(self.layer)
+        later.uses = [use for use in self.uses if use.batch >= batch]
+        return later
+
     @property
     def data(self) -> int:
         """m, over all micro-batches."""
@@ -176,6 +182,11 @@ class Watch:
         return seen
 
     @property
+    def next_batch(self) -> int:
+        """The number of the micro-batch that a forward pass now would be of."""
+        return self._batch + self._arrived
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to take."""
         return bool(self._seen)
@@ -252,7 +263,7 @@ class Watch:
         """Forward passes after a backward pass are of another micro-batch, or of another step."""
         if self._arrived:
             self._arrived, self._batch = False, self._batch + 1
-            if not self._look.frozen and all(layer.weight.grad is None for layer in self._seen):
+            if not self._look.frozen and all(map(_has_no_gradient, self._seen)):
                 self._seen.clear()  # the gradients of earlier passes have been dropped
 
 
@@ -260,6 +271,10 @@ def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
     with torch.autocast(x.device.type, enabled=False):
         return reduction(layer.preactivation(x).to(layer.dtype))
+
+
+def _has_no_gradient(layer: Layer) -> bool:
+    return layer.weight.grad is None or not layer.weight.grad.any()
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""The factors of every layer: how they come into being, which process holds them, and what they tell of themselves."""
+"""The factors of every layer: how they start, which process holds them, and what they tell of themselves."""
 
 import math
 import warnings
@@ -54,7 +54,6 @@ class FactoredOptimizer(LayeredOptimizer):
         """What is not saved: hooks, and the memory of the last pass."""
         self._ranks = Ranks(self._process_group)
         self._owners: dict[Layer, int] = {}
-        self._stepped = False  # whether step() has been called since the last second pass
         self._watch = Watch(self._model, self._layers, self._first_look)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +204,7 @@ class FactoredOptimizer(LayeredOptimizer):
         running = self._watch.data_parallel
         if self._process_group is None and running is not None:
             self._process_group = running.process_group
-            self._ranks = Ranks(self._process_group)
+            self._ranks.join(running.process_group)
             for layer in self._layers if not self._shard else []:  # each may have warm-started by itself
                 for value in self.state.get(layer.weight, {}).values():
                     self._ranks.send(value, 0)

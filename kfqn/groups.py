@@ -176,6 +176,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it here, and our groups do not have it
         self.__dict__.setdefault("_make_others", adamw)
         self._share()
 

@@ -143,7 +143,7 @@ class KFAC(KroneckerOptimizer):
                 "KFAC starts from targets drawn from the model's predictions: give its first step a "
                 "closure of kfqn.closure, or call warm_start."
             )
-        sampled = self._sampled_pass(closure, self._rewind, inputs=False)
+        sampled = self._sampled_pass(closure, self._memory.rewind, inputs=False)
         for layer in seen:
             if layer not in sampled:
                 raise RuntimeError(
@@ -194,7 +194,7 @@ class KFAC(KroneckerOptimizer):
             if group["averaging"] and state:
                 W = layer.W()
                 state.setdefault("mean_W", W).lerp_(W, 1 - group["averaging"])
-        sampled = self._sampled_pass(closure, self._rewind, inputs=False)
+        sampled = self._sampled_pass(closure, self._memory.rewind, inputs=False)
         with self._full_precision():
             self._take_in("Gamma", {layer: sampled[layer].Dh() for layer in seen if layer in sampled})
             self._invert()

@@ -8,6 +8,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from kfqn.factors import FactoredOptimizer, LayersSeen
 from kfqn.groups import Group, State
 from kfqn.layers import Layer
-from kfqn.second_pass import random_state
+from kfqn.second_pass import Rewind, random_state
 
 
 class Move(NamedTuple):
@@ -28,11 +29,33 @@ class Move(NamedTuple):
     sound: bool
 
 
+def _nothing() -> None:
+    """Without a closure the random state is put back where a pass through the model starts."""
+
+
+@dataclass
+class Memory:
+    """What has to be known from the first pass of a step to the end of its second.
+
+    One object that is changed in place: Lightning hands out optimizers that share its attributes, but
+    not what is assigned to them later.
+    """
+
+    rewind: Rewind = _nothing  # to where the closure started
+    rewinds: list[Rewind] = field(default_factory=list)  # to where each pass through the model started
+    since: int = 0  # the first micro-batch that the closure runs, and so will run again
+    stepped: bool = False  # whether there was a step since the last second pass
+
+
 class KroneckerOptimizer(FactoredOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
     A step waits for the device twice, to see that first the gradients and then the directions are sound.
     """
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._memory = Memory()
 
     @abstractmethod
     def _check_closure(self, closure: Any) -> None:
@@ -76,22 +99,26 @@ class KroneckerOptimizer(FactoredOptimizer):
         ValueError for an input of the wrong kind; if the first call shows it, weights and state
         are then as before. If the second fails, the step is taken but nothing is learnt from it.
         """
-        loss, self._rewind = None, _nothing
+        loss, self._memory.rewind, self._memory.since = None, _nothing, 0
         if closure is not None:
             self._check_closure(closure)
             loss = self._first_call(closure)
+            closure = closure if loss is not None else None
         with self._full_precision():
             seen = self._move(loss, closure)
         if seen:
             self._learn(seen, closure)
         return loss
 
-    def _first_call(self, closure: Callable[[], Any]) -> Tensor:
-        """The loss, from a pass that is watched."""
-        self._watch.forget()
-        self._rewind = random_state({layer.weight.device for layer in self._layers})
+    def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
+        """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
+        self._watch.ran, self._memory.since = False, self._watch.next_batch
+        self._memory.rewind = random_state({layer.weight.device for layer in self._layers})
         with torch.enable_grad():
             loss = closure()
+        if loss is None and not self._watch.ran:
+            self._memory.rewind, self._memory.since = _nothing, 0
+            return None
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"the closure given to {self._name}.step must return the loss as a tensor, but "
@@ -111,7 +138,7 @@ class KroneckerOptimizer(FactoredOptimizer):
                 f"the closure given to {self._name}.step left no gradient on any layer: call "
                 "loss.backward() inside it, on a loss that depends on the model."
             )
-        self._stepped = bool(gradients)
+        self._memory.stepped = bool(gradients)
         if not self._finite(loss, gradients):
             return None
         self._start_from(self._missing(gradients), seen, closure)
@@ -242,7 +269,3 @@ class KroneckerOptimizer(FactoredOptimizer):
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."
         )
-
-
-def _nothing() -> None:
-    """Without a closure the random state is put back where a pass through the model starts."""

@@ -20,6 +20,10 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self._group = group
 
+    def join(self, group: Any) -> None:
+        """Be one of a group from now on."""
+        self._group = group
+
     @property
     def size(self) -> int:
         """How many they are."""

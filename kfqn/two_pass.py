@@ -22,16 +22,21 @@ from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, State
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
-from kfqn.second_pass import Rewind, second_pass, unmoved_buffers
+from kfqn.second_pass import second_pass, unmoved_buffers
 
 
 class First(NamedTuple):
-    """What is kept of a layer's first pass until the second: h̄ and Dh̄ (*g, I), s (*g, C), and A s."""
+    """What is kept of a layer's first pass until the second: h̄ and Dh̄ (*g, I), s (*g, C), and A s.
+
+    h̄ and Dh̄ are of those micro-batches that the second pass runs again; ``factor`` is the data of all
+    over the data of these.
+    """
 
     h: Tensor
     Dh: Tensor
     s: Tensor
     As: Tensor
+    factor: float
 
 
 class TwoPassOptimizer(KroneckerOptimizer):
@@ -49,8 +54,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
     def _begin(self) -> None:
         super()._begin()
-        self._firsts: dict[Layer, First] = {}  # of a step whose second pass is still to come
-        self._rewinds: list[Rewind] = []
+        self._firsts: dict[Layer, First] = {}  # of a step whose second pass is to come; changed in place
 
     @abstractmethod
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
@@ -118,9 +122,11 @@ class TwoPassOptimizer(KroneckerOptimizer):
                 ".backward()' after each step, or give step a closure."
             )
         with self._full_precision():
-            self._firsts = self._first_of(seen)
-        starts = {use.start for record in seen.values() for use in record.uses if use.start is not None}
-        self._rewinds = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
+            self._firsts.clear()
+            self._firsts.update(self._first_of(seen))
+        again = [record.since(self._memory.since) for record in seen.values()]
+        starts = {use.start for record in again for use in record.uses if use.start is not None}
+        self._memory.rewinds[:] = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()
         if closure is not None:
@@ -132,9 +138,11 @@ class TwoPassOptimizer(KroneckerOptimizer):
         layers, like = self._layers, self._layers[0].W()
         columns = {layer: (*layer.groups, layer.columns) for layer in layers}
         rows = {layer: (*layer.groups, layer.rows) for layer in layers}
-        own = {(layer, "a"): record.mean(mean_activation) for layer, record in seen.items()}
-        own |= {(layer, "h"): record.h() for layer, record in seen.items()}
-        own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
+        again = {layer: record.since(self._memory.since) for layer, record in seen.items()}
+        again = {layer: record for layer, record in again.items() if record.uses}
+        own = {(layer, "a"): seen[layer].mean(mean_activation) for layer in again}
+        own |= {(layer, "h"): record.h() for layer, record in again.items()}
+        own |= {(layer, "Dh"): record.Dh() for layer, record in again.items()}
         shapes = {(layer, "a"): columns[layer] for layer in layers}
         shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
         means = self._ranks.means(own, shapes, like)
@@ -145,10 +153,13 @@ class TwoPassOptimizer(KroneckerOptimizer):
             if layer.weight in self.state
         }
         probes = self._ranks.means(probes, columns, like)
-        answers = {layer: self._answer(seen[layer], probes[layer]) for layer in known if layer in seen}
+        answers = {layer: self._answer(seen[layer], probes[layer]) for layer in known if layer in again}
         answers = self._ranks.means(answers, {layer: self._answer_shape(layer) for layer in layers}, like)
+        factors = {layer: seen[layer].data / record.data for layer, record in again.items()}
         return {
-            layer: First(means[layer, "h"], means[layer, "Dh"], probes[layer], answers[layer])
+            layer: First(
+                means[layer, "h"], means[layer, "Dh"], probes[layer], answers[layer], factors.get(layer, 1.0)
+            )
             for layer in known
         }
 
@@ -170,17 +181,19 @@ class TwoPassOptimizer(KroneckerOptimizer):
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, or nothing ran inside.
         """
-        if not self._stepped and not self._watch.waiting:
+        if not self._memory.stepped and not self._watch.waiting:
             raise RuntimeError(
                 "second_pass learns from the step just taken, but there was none since the last: call "
                 f"{self._name}.step() first."
             )
-        firsts, self._firsts, self._stepped = self._firsts, {}, False
+        firsts, memory = dict(self._firsts), self._memory
+        self._firsts.clear()
+        memory.stepped = False
         look = replace(self._first_look, inputs=False, frozen=True)
         running = self._watch.data_parallel
         alone = running.no_sync() if running is not None else contextlib.nullcontext()
-        with second_pass(self._model, self._rewind), torch.enable_grad(), alone:
-            with self._watch.looking(look, self._rewinds) as seen:
+        with second_pass(self._model, memory.rewind), torch.enable_grad(), alone:
+            with self._watch.looking(look, memory.rewinds) as seen:
                 yield
         if firsts and not seen and self._ranks.size == 1:
             raise RuntimeError(
@@ -203,7 +216,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
             self._learn_A(layer, first, state, group)
             if (layer, "h") in means:
                 dh = means[layer, "h"] - first.h
-                dDh = (means[layer, "Dh"] - first.Dh) / loss_scale
+                dDh = (means[layer, "Dh"] - first.Dh) * (first.factor / loss_scale)
                 self._learn_G(*averaged_pair(dh, dDh, state, group), state, group)
 
 

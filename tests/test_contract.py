@@ -450,6 +450,10 @@ def float_closure(model, optimizer, x, target):
     return closure(model, optimizer, x, target)().item()
 
 
+def silent_closure(model, optimizer, x, target):
+    closure(model, optimizer, x, target)()
+
+
 def foreign_closure(model, optimizer, x, target):
     return closure(mlp(), optimizer, x, target)()
 
@@ -462,7 +466,7 @@ def single_closure(model, optimizer, x, target):
 
 WRONG_CLOSURES = {
     "must return the loss as a tensor, but returned float": (TypeError, float_closure),
-    "must return the loss as a tensor, but returned NoneType": (TypeError, lambda *a: None),
+    "must return the loss as a tensor, but returned NoneType": (TypeError, silent_closure),
     "left no gradient on any layer": (RuntimeError, lazy_closure),
     "saw no forward pass through any of its 2 layers, the first being '0'": (RuntimeError, foreign_closure),
     "'0' \\(Linear\\) takes inputs of shape \\(batch, ..., features\\)": (ValueError, single_closure),

@@ -105,6 +105,93 @@ def test_micro_batches_are_one_large_batch(make, sizes, door):
     torch.testing.assert_close(snapshot(twin, theirs), snapshot(model, optimizer), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("double")
+def test_a_closure_may_run_the_last_micro_batch_alone(make):
+    """Lightning's do, with accumulate_grad_batches: A is of all of them, the pair for H_G of the last."""
+    model = odd_cnn()
+    optimizer = make(model, lr=0.3, damping=1.0, beta=0.0)
+    x, target = torch.randn(8, 2, 6, 6), torch.randint(3, (8,))
+    weights = copy.deepcopy(model.state_dict())
+    H_A = make(twin := copy.deepcopy(model), lr=0.3, damping=1.0, beta=0.0)
+    train(twin, H_A, [(x, target)])
+
+    def last():
+        loss = F.cross_entropy(model(x[4:]), target[4:]) / 2
+        loss.backward()
+        return loss
+
+    (F.cross_entropy(model(x[:4]), target[:4]) / 2).backward()
+    optimizer.step(last)
+    assert unchanged_within_rounding(model.state_dict(), twin.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for key in {"H_A", "DW"} & optimizer.state[p].keys():
+            torch.testing.assert_close(optimizer.state[p][key], H_A.state[q][key], rtol=1e-9, atol=1e-11)
+
+    alone = copy.deepcopy(
+        model
+    )  # the changes that this micro-batch alone shows, from the same weights to the same
+    expected = changes(alone, weights, model.state_dict(), x[4:], target[4:])
+    for p, (dh, dDh) in zip([m.weight for m in model if hasattr(m, "weight")], expected, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["s_G"], dh, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(optimizer.state[p]["y_G"], dDh, rtol=1e-9, atol=1e-11)
+
+
+def unchanged_within_rounding(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    return True
+
+
+def changes(model, before, after, x, target):
+    """How h̄ and Dh̄ of every layer change between two sets of weights."""
+    found = []
+    for weights in (before, after):
+        model.load_state_dict(weights)
+        outputs, h = [], x
+        for module in model:
+            h = module(h.clone())  # a ReLU in place would overwrite what is looked at
+            outputs += [h] if hasattr(module, "weight") else []
+        loss = F.cross_entropy(h, target)
+        gradients = torch.autograd.grad(loss, outputs)
+        found.append([(means(h), len(x) * means(g)) for h, g in zip(outputs, gradients, strict=True)])
+    return [(h1 - h0, D1 - D0) for (h0, D0), (h1, D1) in zip(*found, strict=True)]
+
+
+def means(h):
+    return h.detach().flatten(2).mean((0, 2)) if h.ndim > 2 else h.detach().mean(0)
+
+
+def test_a_closure_that_does_nothing_is_none(make):
+    """Lightning's manual optimization passes one to step()."""
+    model, data = mlp(), batches((5,), 3)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    for x, target in data:
+        by_hand(model, optimizer, x, target)
+        theirs.zero_grad()
+        backward(twin, x, target)
+        theirs.step(lambda: None)
+        with theirs.second_pass():
+            backward(twin, x, target)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_wrapper_that_shares_attributes_may_run_the_second_pass(make):
+    """As Lightning's optimizers do: attributes are those of the time it was made."""
+    model, data = mlp(), batches((5,), 3)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    wrapper = object.__new__(type("Wrapper", (type(theirs),), {}))
+    wrapper.__dict__ = dict(theirs.__dict__)
+    for x, target in data:
+        by_hand(model, optimizer, x, target)
+        theirs.zero_grad()
+        backward(twin, x, target)
+        theirs.step()
+        with wrapper.second_pass():
+            backward(twin, x, target)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
 def test_dropout_draws_the_masks_of_every_micro_batch_again(make):
     model, data = Noisy(), batches((1, 6, 6), 3)
     optimizer = make(model)
@@ -205,7 +292,9 @@ def test_passes_whose_gradients_were_dropped_do_not_count(make):
     train(model, optimizer, [(x, target)])
     F.cross_entropy(twin(x2), target2)  # no backward
     backward(twin, x2, target2)
-    twin.zero_grad()  # this one, not the optimizer's, which would be told
+    twin.zero_grad()
+    backward(twin, x2, target2)
+    twin.zero_grad(set_to_none=False)
     by_hand(twin, theirs, x, target)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 

@@ -270,6 +270,17 @@ def test_a_history_of_another_size_is_taken_as_it_is():
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
+def test_state_can_be_loaded_again_and_into_a_copy(make):
+    model, data = mlp(), batches((5,), 4)
+    optimizer = make(model)
+    train(model, optimizer, data)
+    state = copy.deepcopy(optimizer.state_dict())
+    theirs = make(mlp())
+    for target in (optimizer, optimizer, theirs, copy.deepcopy(theirs)):
+        target.load_state_dict(state)
+        assert repr(target.state_dict()) == repr(state)
+
+
 def test_a_float32_model_goes_on_from_the_state_of_a_bfloat16_one(make):
     model = mlp().to(torch.bfloat16)
     optimizer = make(model)

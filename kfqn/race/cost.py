@@ -208,7 +208,7 @@ def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> 
     state, (group,) = optimizer.state[layer.weight], optimizer.param_groups[:1]
     h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
     s = optimizer._probe(sight.seen.mean(mean_activation), state)
-    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(sight.seen, s)), state, group)
+    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(sight.seen, s), 1.0), state, group)
     optimizer._learn_G(*averaged_pair(h, Dh, state, group), state, group)
 
 
