@@ -4,9 +4,9 @@
 
 Lightning gives ``step`` a closure that runs ``training_step`` and the backward pass. It is run twice, so what
 ``training_step`` logs is counted twice, before the step and after. The loss before it is what ``step``
-returns: log that, in ``optimizer_step`` as here. With ``accumulate_grad_batches`` the closure runs the last
-batch only, so H_G learns from that one, and all else from all of them: for steps that equal those of one large
-batch see ``lightning_manual.py``.
+returns: log that, in ``optimizer_step`` as here. With ``accumulate_grad_batches`` the closure runs the
+last batch only, so H_G learns from that one, and all else from all of them: for steps that equal those of one
+large batch see ``lightning_manual.py``.
 """
 
 import lightning

@@ -172,6 +172,12 @@ class Watch:
         self._batch, self._arrived = 0, False
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
 
+    def drop(self) -> None:
+        """The gradients have been cleared, and with them what earlier passes say of this step."""
+        if self._look is self._first:
+            self._batch, self._arrived = self.next_batch, False
+            self._seen = {}
+
     def take(self) -> dict[Layer, Seen]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
         seen = {layer: self._seen[layer] for layer in self._open if layer in self._seen}

@@ -82,6 +82,10 @@ class FactoredOptimizer(LayeredOptimizer):
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         """The layer's state before its first step."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._watch.drop()
+
     def add_param_group(self, param_group: Group) -> None:
         before = {*self._layers}
         super().add_param_group(param_group)

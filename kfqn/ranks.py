@@ -71,4 +71,4 @@ class Ranks:
     def send(self, value: Tensor, owner: int | None) -> None:
         """Make ``value`` what it is in the process ``owner``, in place; nothing for None."""
         if owner is not None and self.size > 1:
-            dist.broadcast(value, group=self._group, group_src=owner)
+            dist.broadcast(value, dist.get_global_rank(self._group, owner), self._group)

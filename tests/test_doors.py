@@ -299,6 +299,15 @@ def test_passes_whose_gradients_were_dropped_do_not_count(make):
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
+def test_clearing_the_gradients_lets_go_of_what_was_seen(make):
+    model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
+    optimizer = make(model)
+    backward(model, x, target)
+    assert optimizer._watch.waiting
+    optimizer.zero_grad()
+    assert not optimizer._watch.waiting
+
+
 def test_a_layer_used_without_its_module_is_named():
     class Functional(nn.Module):
         def __init__(self):
