@@ -147,6 +147,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
+        self.awake = True  # whether first passes are looked at
         self._look = self._first = first
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
         self._start: tuple[int, Rewind] | None = None
@@ -211,7 +212,7 @@ class Watch:
 
     def start(self) -> None:
         """A pass through the whole model begins."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self._look is self._first and not self.awake):
             return
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if self._look.frozen:
@@ -224,6 +225,9 @@ class Watch:
         """A module of the layer has turned ``a`` into ``h``."""
         look = self._look
         if torch.is_grad_enabled() != (look.Dh is not None) or torch._C._are_functorch_transforms_active():
+            return
+        if look is self._first and not self.awake:
+            self.ran = True
             return
         if not h.requires_grad and look.Dh is not None:
             if not look.frozen:

@@ -54,6 +54,7 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
+        curvature_interval: int = 1,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -69,6 +70,7 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             clip=clip,
+            curvature_interval=curvature_interval,
         )
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 

@@ -47,7 +47,7 @@ class FactoredOptimizer(LayeredOptimizer):
         self._process_group, self._shard = process_group, shard_factors
         self._error_if_nonfinite = error_if_nonfinite
         self._warned: set[str] = set()
-        super().__init__(model, defaults | {"refused": 0}, others, groups)
+        super().__init__(model, defaults | {"k": 0, "refused": 0}, others, groups)
         self._begin()
 
     def _begin(self) -> None:
@@ -85,6 +85,10 @@ class FactoredOptimizer(LayeredOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._watch.drop()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._watch.awake = True
 
     def add_param_group(self, param_group: Group) -> None:
         before = {*self._layers}

@@ -97,7 +97,7 @@ class KFAC(KroneckerOptimizer):
             momentum=momentum,
             averaging=averaging,
         )
-        settings |= {"seed": torch.initial_seed() if seed is None else seed, "k": 0, "drawn": 0}
+        settings |= {"seed": torch.initial_seed() if seed is None else seed, "drawn": 0}
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
@@ -184,8 +184,6 @@ class KFAC(KroneckerOptimizer):
         if closure is None:
             self._warn("step() without a closure of kfqn.closure learns nothing about curvature.")
             return
-        for group in self._own_groups():
-            group["k"] += 1
         with self._full_precision():
             self._take_in("Omega", {layer: record.sum(second_moment) for layer, record in seen.items()})
         for layer, record in seen.items():

@@ -108,7 +108,12 @@ class KroneckerOptimizer(FactoredOptimizer):
             seen = self._move(loss, closure)
         if seen:
             self._learn(seen, closure)
+        self._watch.awake = self._looks_next()
         return loss
+
+    def _looks_next(self) -> bool:
+        """Whether anything is to be learnt from the next first pass."""
+        return True
 
     def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
         """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
@@ -152,7 +157,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             DW, group = layer.DW(), self._group(layer)
             if DW is None:
                 continue
-            if layer not in seen and self._ranks.size == 1 and not DW.any():
+            if layer not in seen and self._watch.awake and self._ranks.size == 1 and not DW.any():
                 if not self.state.get(layer.weight):  # torch.distributed.checkpoint asks for states this way
                     self._enter(layer, self._empty_state(layer))
                 continue
@@ -193,6 +198,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             self._reset(broken, seen, closure)
             moves |= self._moves(broken, averages)
         for group in self._own_groups():
+            group["k"] += 1
             self._apply({layer: move for layer, move in moves.items() if self._group(layer) is group}, group)
         if self._others is not None:
             self._others.step()

@@ -99,6 +99,8 @@ class KFBFGS(KFQN):
         clip: κ, an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to which P is scaled down;
             None is the paper's method to the letter. With 1 even the largest learning rates of
             the paper's grid train (`docs/results.md`).
+        curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
+            a first-order step; 1 is the paper's method to the letter.
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
@@ -126,6 +128,7 @@ class KFBFGS(KFQN):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
+        curvature_interval: int = 1,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -140,6 +143,7 @@ class KFBFGS(KFQN):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             clip=clip,
+            curvature_interval=curvature_interval,
         )
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
@@ -179,6 +183,7 @@ class KFLBFGS(KFQN):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
+        curvature_interval: int = 1,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -194,6 +199,7 @@ class KFLBFGS(KFQN):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             clip=clip,
+            curvature_interval=curvature_interval,
         )
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 

@@ -114,7 +114,22 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._start_G(state)
         return state
 
+    @property
+    def second_pass_due(self) -> bool:
+        """Whether a second pass over the last step's batch is learnt from (``curvature_interval``)."""
+        return bool(self._firsts)
+
+    def _looks_next(self) -> bool:
+        due = any(group["k"] % group["curvature_interval"] == 0 for group in self._own_groups())
+        return due or bool(self._missing(self._layers))
+
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
+        groups = {layer: self._group(layer) for layer in seen}
+        seen = {
+            layer: record
+            for layer, record in seen.items()
+            if (groups[layer]["k"] - 1) % groups[layer]["curvature_interval"] == 0
+        }
         if self._firsts and closure is None:
             self._warn(
                 "step() was called again without a second pass over the batch of the last step, so nothing "
@@ -129,7 +144,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._memory.rewinds[:] = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()
-        if closure is not None:
+        if closure is not None and self._firsts:
             with self.second_pass():
                 closure()
 

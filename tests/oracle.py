@@ -86,6 +86,7 @@ class Algorithm2:
         self.net, self.loss, self.history = list(net), loss, history
         self.lr, self.lam, self.beta, self.mu1, self.decay = lr, damping**0.5, beta, mu1, weight_decay
         self.decoupled = 0.0  # lr times a decoupled weight decay
+        self.interval, self.steps = 1, 0  # curvature is learnt at every so manyth step
         self.W = list(matrices(self.net))
         self.average = [torch.zeros_like(W) for W in self.W]
         self.s_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
@@ -162,6 +163,9 @@ class Algorithm2:
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
             self.W[i] = (1 - self.decoupled) * self.W[i]
             self.W[i] = self.W[i] - self.lr * self.H_G[i] @ self.average[i] @ self.H_A[i]
+        self.steps += 1
+        if (self.steps - 1) % self.interval:
+            return
         _, h_new, Dh_new = self.pass_over(x, target)
         for i in range(len(self.W)):
             s_A = self.H_A[i] @ a[i].mean((0, 1))

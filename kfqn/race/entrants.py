@@ -38,6 +38,7 @@ def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "tor
         damping=settings["damping"],
         weight_decay=weight_decay,
         clip=settings.get("clip"),
+        curvature_interval=int(settings.get("interval", 1)),
     )
 
 
@@ -50,6 +51,7 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
         damping=settings["damping"],
         weight_decay=weight_decay,
         clip=settings.get("clip"),
+        curvature_interval=int(settings.get("interval", 1)),
     )
 
 
@@ -89,8 +91,8 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
 ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), ("clip",)),
-        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), ("clip",)),
+        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), ("clip", "interval")),
+        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), ("clip", "interval")),
         Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
         Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
         Entrant("sgd", "SGD-m", _sgd, ("lr",)),

@@ -1,0 +1,102 @@
+"""Curvature at every so manyth step only."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import batches, closure, odd_cnn
+from test_contract import TWO_PASS, snapshot, train, unchanged
+from test_doors import backward
+
+import kfqn
+
+INTERVAL = 3
+
+
+@pytest.fixture(params=TWO_PASS)
+def make(request):
+    return lambda model, **settings: TWO_PASS[request.param](model, curvature_interval=INTERVAL, **settings)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("history", [None, 2])
+def test_what_is_learnt_is_what_the_oracle_learns_at_those_steps(history):
+    model = odd_cnn()
+    settings = {"lr": 0.5, "damping": 0.3, "beta": 0.8, "mu1": 0.25, "weight_decay": 0.01}
+    reference = oracle.Algorithm2(model, F.cross_entropy, **settings, history=history)
+    reference.interval = INTERVAL
+    method = kfqn.KFBFGS if history is None else kfqn.KFLBFGS
+    options = {} if history is None else {"history_size": history}
+    optimizer = method(model, **settings, **options, curvature_interval=INTERVAL)
+    for x, target in batches((2, 6, 6), 11):
+        reference.step(x, target)
+        train(model, optimizer, [(x, target)])
+        for got, W in zip(oracle.matrices(model), reference.W, strict=True):
+            torch.testing.assert_close(got, W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+
+
+def test_other_steps_take_one_pass_and_look_at_nothing(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 8)
+    optimizer, calls = make(model), []
+    for x, target in data:
+        before = [
+            record.clone() for record in (optimizer.state[model[0].weight].get("counts", torch.zeros(6)),)
+        ]
+        calls.append(0)
+
+        def evaluate(x=x, target=target):
+            calls[-1] += 1
+            return closure(model, optimizer, x, target)()
+
+        optimizer.step(evaluate)
+        learnt = optimizer.state[model[0].weight]["counts"].sum() - before[0].sum()
+        assert (learnt > 0) == (calls[-1] == 2)
+    assert calls == [2, 1, 1, 2, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_resuming_is_bit_identical_at_any_step(make, k):
+    data = batches((2, 6, 6), 9)
+    model = odd_cnn()
+    optimizer = make(model, lr=0.2)
+    train(model, optimizer, data[:k])
+    twin = copy.deepcopy(model)
+    theirs = make(twin, lr=0.2)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data[k:])
+    train(twin, theirs, data[k:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_loop_of_ones_own_is_told_when_a_second_pass_is_due(make):
+    model = odd_cnn()
+    twin = copy.deepcopy(model)
+    optimizer, theirs, due = make(model), make(twin), []
+    for x, target in batches((2, 6, 6), 7):
+        train(model, optimizer, [(x, target)])
+        theirs.zero_grad()
+        backward(twin, x, target)
+        theirs.step()
+        due.append(theirs.second_pass_due)
+        if theirs.second_pass_due:
+            with theirs.second_pass():
+                backward(twin, x, target)
+    assert due == [True, False, False, True, False, False, True]
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_refused_step_does_not_count(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    optimizer = make(model)
+    train(model, optimizer, data[:1])
+    with pytest.warns(RuntimeWarning, match="the step was refused"):
+        optimizer.step(closure(model, optimizer, *data[1], lambda o, y: F.cross_entropy(o, y) * float("nan")))
+    assert optimizer.param_groups[0]["k"] == 1
+
+
+@pytest.mark.parametrize("interval", [0, -1, 2.5])
+def test_an_interval_out_of_range(interval):
+    with pytest.raises(ValueError, match="curvature_interval must be a whole number >= 1"):
+        kfqn.KFBFGS(odd_cnn(), curvature_interval=interval)
