@@ -18,7 +18,7 @@ NETS = {  # name: maker, a module that is to have factors, a parameter that is n
 def test_it_learns_the_digits(net, name):
     make, with_factors, without, lr_of_kfac = NETS[net]
     model, data = make(), digits()
-    lr = {"KFBFGS": 3.0, "KFLBFGS": 3.0, "ConvergentKFLBFGS": 1.0}.get(name, lr_of_kfac)
+    lr = {"KFBFGS": 3.0, "KFLBFGS": 3.0, "ConvergentKFLBFGS": 0.3}.get(name, lr_of_kfac)
     optimizer = OPTIMIZERS[name](model, lr=lr, damping=0.1)
     generator = torch.Generator().manual_seed(0)
     losses = []

@@ -279,11 +279,17 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
 def test_wrong_use_from_the_command_line(tmp_path):
     one_line(kfqn("race", "--problem", "nothing"), "invalid choice: 'nothing'", "digits")
     one_line(kfqn("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
-    one_line(kfqn("race", "--optimizers", "kfbfgs:lr"), "kfbfgs takes lr=...,damping=..., got 'lr'")
+    one_line(
+        kfqn("race", "--optimizers", "kfbfgs:lr"),
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=..., got 'lr'",
+    )
     one_line(kfqn("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
     one_line(kfqn("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
     one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=..., got 'lr=1,lr=2'")
-    one_line(kfqn("race", "--optimizers", "kfbfgs:lr=1"), "kfbfgs takes lr=...,damping=..., got 'lr=1'")
+    one_line(
+        kfqn("race", "--optimizers", "kfbfgs:lr=1"),
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=..., got 'lr=1'",
+    )
     one_line(
         kfqn("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),
         "kfac cannot run with these settings: momentum must be >= 0 and < 1, got 1.5",

@@ -27,6 +27,7 @@ from kfqn.curvature import (
 )
 from kfqn.kfac import invert
 from kfqn.layers import Layer
+from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race.entrants import ENTRANTS
 from kfqn.rules import layers_of
 from kfqn.two_pass import First, TwoPassOptimizer, averaged_pair
@@ -122,7 +123,7 @@ def computation(
         calls = {
             f"{name} {phase}": call
             for name, optimizer in optimizers.items()
-            for phase, call in phases(optimizer, layers_of(models[name])[n], sight).items()
+            for phase, call in phases(optimizer, _own_layer(optimizer, models[name], n), sight).items()
         }
         found = medians(calls, repeats, wait)
         for name, optimizer in optimizers.items():
@@ -152,6 +153,11 @@ def medians(
             wait()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(of) for name, of in times.items()}
+
+
+def _own_layer(optimizer: torch.optim.Optimizer, model: nn.Module, n: int) -> Layer:
+    """The n-th layer of an optimizer's copy of the model."""
+    return (optimizer._layers if isinstance(optimizer, KroneckerOptimizer) else layers_of(model))[n]
 
 
 def sights(model: nn.Module, closure: Closure) -> list[Sight]:

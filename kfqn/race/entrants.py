@@ -29,6 +29,12 @@ class Entrant:
     options: tuple[str, ...] = ()
 
 
+def _interval(settings: Settings) -> int:
+    """At every how manyth step curvature is learnt; the optimizer refuses what is not whole."""
+    value = float(settings.get("interval", 1.0))
+    return int(value) if value.is_integer() else value  # type: ignore[return-value]
+
+
 def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
@@ -38,7 +44,7 @@ def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "tor
         damping=settings["damping"],
         weight_decay=weight_decay,
         clip=settings.get("clip"),
-        curvature_interval=int(settings.get("interval", 1)),
+        curvature_interval=_interval(settings),
     )
 
 
@@ -51,7 +57,7 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
         damping=settings["damping"],
         weight_decay=weight_decay,
         clip=settings.get("clip"),
-        curvature_interval=int(settings.get("interval", 1)),
+        curvature_interval=_interval(settings),
     )
 
 
