@@ -151,7 +151,6 @@ class Watch:
         self._look = self._first = first
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
         self._start: tuple[int, Rewind] | None = None
-        self._devices: set[torch.device] = set()
         self._replay: Iterator[Rewind] = iter(())
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -164,7 +163,6 @@ class Watch:
         for layer in layers:
             hook = _Observe(weakref.ref(self), layer)
             self._open[layer] = weakref.WeakSet()
-            self._devices.add(layer.weight.device)
             self._handles += [m.register_forward_hook(hook, with_kwargs=True) for m in layer.modules]
 
     def forget(self) -> None:
@@ -219,7 +217,7 @@ class Watch:
             next(self._replay, _nothing)()
         else:
             number = self._start[0] + 1 if self._start is not None else 0
-            self._start = number, random_state(self._devices)
+            self._start = number, random_state({layer.weight.device for layer in self._open})
 
     def observe(self, layer: Layer, a: Tensor, h: Tensor) -> None:
         """A module of the layer has turned ``a`` into ``h``."""

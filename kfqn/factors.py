@@ -95,6 +95,7 @@ class FactoredOptimizer(LayeredOptimizer):
         super().add_param_group(param_group)
         if "_watch" in self.__dict__:
             self._watch.add([layer for layer in self._layers if layer not in before])
+            self._watch.awake = True
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any]) -> None:

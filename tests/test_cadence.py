@@ -87,6 +87,18 @@ def test_a_loop_of_ones_own_is_told_when_a_second_pass_is_due(make):
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
+def test_a_layer_that_joins_between_starts_at_once(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 6)
+    model[0].requires_grad_(False)
+    optimizer = make(model)
+    train(model, optimizer, data[:2])
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"modules": "0"})
+    train(model, optimizer, data[2:])
+    assert optimizer.diagnostics()["0"]["steps"] == 4
+    assert optimizer.diagnostics()["0"]["A taken"] == 2  # the first of its group's steps, and the fourth
+
+
 def test_a_refused_step_does_not_count(make):
     model, data = odd_cnn(), batches((2, 6, 6), 4)
     optimizer = make(model)
