@@ -198,7 +198,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             self._reset(broken, seen, closure)
             moves |= self._moves(broken, averages)
         for group in self._own_groups():
-            group["k"] += 1
+            group["k"] += bool(gradients)
             self._apply({layer: move for layer, move in moves.items() if self._group(layer) is group}, group)
         if self._others is not None:
             self._others.step()
