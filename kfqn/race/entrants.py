@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfqn.race.failure import Failure
 from kfqn.race.grids import TABLE_3, Settings, in_torch
@@ -29,36 +29,27 @@ class Entrant:
     options: tuple[str, ...] = ()
 
 
-def _interval(settings: Settings) -> int:
-    """At every how manyth step curvature is learnt; the optimizer refuses what is not whole."""
-    value = float(settings.get("interval", 1.0))
-    return int(value) if value.is_integer() else value  # type: ignore[return-value]
-
-
 def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
-    return kfqn.KFBFGS(
-        model,
-        lr=settings["lr"],
-        damping=settings["damping"],
-        weight_decay=weight_decay,
-        clip=settings.get("clip"),
-        curvature_interval=_interval(settings),
-    )
+    return kfqn.KFBFGS(model, **_two_pass(settings), weight_decay=weight_decay)
 
 
 def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     import kfqn
 
-    return kfqn.KFLBFGS(
-        model,
-        lr=settings["lr"],
-        damping=settings["damping"],
-        weight_decay=weight_decay,
-        clip=settings.get("clip"),
-        curvature_interval=_interval(settings),
-    )
+    return kfqn.KFLBFGS(model, **_two_pass(settings), weight_decay=weight_decay)
+
+
+def _two_pass(settings: Settings) -> dict[str, Any]:
+    """Settings as arguments; ``interval`` is the race's short name of ``curvature_interval``."""
+    interval = float(settings.get("interval", 1.0))
+    return {
+        "lr": settings["lr"],
+        "damping": settings["damping"],
+        "clip": settings.get("clip"),
+        "curvature_interval": int(interval) if interval.is_integer() else interval,
+    }
 
 
 def _kfac(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
