@@ -168,6 +168,7 @@ class Watch:
     def forget(self) -> None:
         """Drop what was seen."""
         self._seen: dict[Layer, Seen] = {}
+        self._token = object()  # graphs of before are none of ours any more
         self._batch, self._arrived = 0, False
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
 
@@ -175,7 +176,7 @@ class Watch:
         """The gradients have been cleared, and with them what earlier passes say of this step."""
         if self._look is self._first:
             self._batch, self._arrived = self.next_batch, False
-            self._seen = {}
+            self._seen.clear()
 
     def take(self) -> dict[Layer, Seen]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
@@ -199,13 +200,13 @@ class Watch:
     @contextlib.contextmanager
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
         """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
-        outside = self._look, self._seen, self._batch, self._arrived
+        outside = self._look, self._seen, self._token, self._batch, self._arrived
         self._look, self._replay = look, iter(replay)
         self.forget()
         try:
             yield self._seen
         finally:
-            self._look, self._seen, self._batch, self._arrived = outside
+            self._look, self._seen, self._token, self._batch, self._arrived = outside
             self._replay = iter(())
 
     def start(self) -> None:
@@ -253,15 +254,17 @@ class Watch:
 
     def _arrival(self, layer: Layer, use: Use, reduction: Reduction, fits: bool) -> Callable[[Tensor], None]:
         """What to do with the gradient of a use's pre-activation."""
-        seen = self._seen
+        token = self._token
 
         def arrive(gradient: Tensor) -> None:
+            if token is not self._token:
+                return
             Dh = _reduced(reduction, layer, gradient) if fits else gradient
             if use.Dh is not None:  # a closure may call backward for each part of its loss
                 use.Dh = use.Dh + Dh
                 return
             use.Dh = Dh
-            seen.setdefault(layer, Seen(layer)).uses.append(use)
+            self._seen.setdefault(layer, Seen(layer)).uses.append(use)
             self._open[layer].discard(use)
             self._arrived = True
 

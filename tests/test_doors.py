@@ -299,6 +299,25 @@ def test_passes_whose_gradients_were_dropped_do_not_count(make):
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
+def test_gradients_may_be_cleared_between_forward_and_backward(make):
+    """As Lightning's closures do."""
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+
+    for x, target in data:
+
+        def evaluate(x=x, target=target):
+            loss = F.cross_entropy(twin(x), target)
+            theirs.zero_grad()
+            loss.backward()
+            return loss
+
+        train(model, optimizer, [(x, target)])
+        theirs.step(evaluate)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
 def test_clearing_the_gradients_lets_go_of_what_was_seen(make):
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
     optimizer = make(model)
