@@ -53,6 +53,7 @@ class Seen:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
+        self.version = layer.weight._version  # of the weights that were used
         self.uses: list[Use] = []
 
     def of(self, batch: int) -> list[Use]:
@@ -213,6 +214,8 @@ class Watch:
         """A pass through the whole model begins."""
         if not torch.is_grad_enabled() or (self._look is self._first and not self.awake):
             return
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing of the whole model
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if self._look.frozen:
             next(self._replay, _nothing)()
@@ -223,7 +226,9 @@ class Watch:
     def observe(self, layer: Layer, a: Tensor, h: Tensor) -> None:
         """A module of the layer has turned ``a`` into ``h``."""
         look = self._look
-        if torch.is_grad_enabled() != (look.Dh is not None) or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() != (look.Dh is not None) or not h.numel():
+            return
+        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
             return
         if look is self._first and not self.awake:
             self.ran = True
@@ -257,8 +262,9 @@ class Watch:
         token = self._token
 
         def arrive(gradient: Tensor) -> None:
-            if token is not self._token:
+            if token is not self._token or not _reaches_the_weight(layer):
                 return
+            gradient = gradient.detach()  # of a backward pass with create_graph
             Dh = _reduced(reduction, layer, gradient) if fits else gradient
             if use.Dh is not None:  # a closure may call backward for each part of its loss
                 use.Dh = use.Dh + Dh
@@ -274,14 +280,27 @@ class Watch:
         """Forward passes after a backward pass are of another micro-batch, or of another step."""
         if self._arrived:
             self._arrived, self._batch = False, self._batch + 1
-            if not self._look.frozen and all(map(_has_no_gradient, self._seen)):
-                self._seen.clear()  # the gradients of earlier passes have been dropped
+            dropped = all(map(_has_no_gradient, self._seen))
+            moved = any(seen.version != layer.weight._version for layer, seen in self._seen.items())
+            if not self._look.frozen and (dropped or moved):
+                self._seen.clear()  # their gradients have been cleared, or used by another optimizer
 
 
 def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
     with torch.autocast(x.device.type, enabled=False):
         return reduction(layer.preactivation(x).to(layer.dtype))
+
+
+def _reaches_the_weight(layer: Layer) -> bool:
+    """Whether the backward pass that is running is for the weights, and not for something else."""
+    if not layer.weight.requires_grad:  # the second pass
+        return True
+    node = torch.autograd.graph.get_gradient_edge(layer.weight).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad with respect to the weight itself
+        return True
 
 
 def _has_no_gradient(layer: Layer) -> bool:

@@ -131,7 +131,15 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
 
     def _join_others(self, group: Group) -> None:
         if self._others is None:
-            self._others = self._make_others([group] if len(group) > 1 else group["params"])
+            if not callable(self._make_others) or isinstance(self._make_others, torch.optim.Optimizer):
+                raise ValueError(
+                    "others must be a function that makes a torch optimizer of a list of parameters, such as "
+                    f"torch.optim.AdamW itself, but is {self._make_others!r}."
+                )
+            made = self._make_others([group] if len(group) > 1 else group["params"])
+            if isinstance(made, torch.optim.LBFGS):
+                raise ValueError("others cannot be torch.optim.LBFGS, which needs closures of its own.")
+            self._others = made
             new = [*self._others.param_groups]
         else:
             self._others.add_param_group(group)

@@ -57,6 +57,11 @@ class KroneckerOptimizer(FactoredOptimizer):
         super()._begin()
         self._memory = Memory()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._watch.forget()
+        self._memory.stepped = False
+
     @abstractmethod
     def _check_closure(self, closure: Any) -> None:
         """Raise TypeError or ValueError for a closure that cannot be used, before it is called."""
@@ -85,8 +90,10 @@ class KroneckerOptimizer(FactoredOptimizer):
         calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
         KFAC's first step without a warm start), must use the same batch every time, and draw
         its random numbers from torch; all runs but the first leave no trace in the model
-        (`kfqn.second_pass`). Several forward passes, each followed by its backward pass, are
-        micro-batches of one batch. A layer that the batch gives no gradient is left as it is.
+        (`kfqn.second_pass`): no parameter of it requires a gradient in them, and ``.grad`` is None, so a
+        term of the loss that depends on parameters alone has to be added to the rest before ``backward``.
+        Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
+        layer that the batch gives no gradient is left as it is.
 
         Without a closure the gradients are those that are there, and nothing is learnt before `second_pass`.
 
@@ -169,7 +176,9 @@ class KroneckerOptimizer(FactoredOptimizer):
     def _finite(self, loss: Tensor | None, gradients: Mapping[Layer, Tensor]) -> bool:
         """Whether the step can be taken; if not, that is counted, or FloatingPointError raised."""
         others = self._others.param_groups if self._others is not None else []
-        values = [p.grad for group in others for p in group["params"] if p.grad is not None]
+        gradients_of_others = (p.grad for group in others for p in group["params"])
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients_of_others if g is not None]
+        values = [g for g in values if g.numel()]
         values += gradients.values()
         values += [] if loss is None else [loss.detach()]
         if not values:

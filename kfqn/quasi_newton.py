@@ -86,8 +86,10 @@ class KFBFGS(KFQN):
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the network. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers get factors; see
-            ``others`` for what else it trains. Frozen parameters are ignored.
+        model: the network, all of what the loss trains: the second pass leaves no trace in it, but would
+            in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers, whose
+            inputs have the batch first, get factors; see ``others`` for what else it trains. Frozen
+            parameters are ignored.
         lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
         damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
             for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);

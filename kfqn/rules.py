@@ -46,6 +46,8 @@ def layers_of(model: nn.Module, parameters: Collection[Tensor] | None = None) ->
 def _layer(weight: Tensor, owners: Mapping[str, nn.Module], all_owners: Owners) -> Layer | None:
     """The layer that ``weight`` is the weight of, if it is one."""
     names, modules = [*owners], [*owners.values()]
+    if weight.is_complex() or not weight.numel():
+        return None
     # Exact types: a subclass may compute something else from the same parameters.
     if any(type(module) not in _LAYERS or _form(module) != _form(modules[0]) for module in modules):
         return None

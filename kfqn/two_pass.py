@@ -119,6 +119,10 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """Whether a second pass over the last step's batch is learnt from (``curvature_interval``)."""
         return bool(self._firsts)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._firsts.clear()
+
     def _looks_next(self) -> bool:
         due = any(group["k"] % group["curvature_interval"] == 0 for group in self._own_groups())
         return due or bool(self._missing(self._layers))
@@ -139,8 +143,9 @@ class TwoPassOptimizer(KroneckerOptimizer):
         with self._full_precision():
             self._firsts.clear()
             self._firsts.update(self._first_of(seen))
-        again = [record.since(self._memory.since) for record in seen.values()]
-        starts = {use.start for record in again for use in record.uses if use.start is not None}
+        starts = {use.start for record in seen.values() for use in record.uses if use.start is not None}
+        if closure is not None:  # which runs as a whole from where it started
+            starts.clear()
         self._memory.rewinds[:] = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()

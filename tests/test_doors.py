@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -466,3 +468,96 @@ def test_several_optimizers_may_watch_one_model(make):
     train(twin, theirs := make(twin), data)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
     assert not idle.state
+
+
+# What is not a pass over the batch.
+
+
+def test_gradients_for_something_else_are_not_learnt_from(make):
+    """A saliency map, an adversarial input, a penalty on input gradients."""
+    model, ((x, target), (x2, _)) = odd_cnn(), batches((2, 6, 6), 2)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    by_hand(model, optimizer, x, target)
+    x2.requires_grad_()
+    output = twin(x)
+    torch.autograd.grad(twin(x2).sum(), x2)
+    F.cross_entropy(output, target).backward()
+    theirs.step()
+    with theirs.second_pass():
+        backward(twin, x, target)
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_pass_without_backward_in_a_closure_keeps_the_masks():
+    """A teacher of its own, detached."""
+    model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
+    optimizer = kfqn.KFBFGS(model)
+
+    def evaluate():
+        model.zero_grad()
+        teacher = model(x).detach()
+        loss = F.mse_loss(model(x), teacher) + F.cross_entropy(model(x), target)
+        loss.backward()
+        return loss
+
+    optimizer.step(evaluate)
+    assert all(torch.equal(a, b) for a, b in zip(model.masks[:3], model.masks[3:], strict=True))
+
+
+def test_graphs_that_are_kept_end_with_their_step(make):
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    optimizer, alive = make(model), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = model(x)
+        alive.append(weakref.ref(output))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of what create_graph does to .grad
+            F.cross_entropy(output, target).backward(create_graph=True)
+        del output
+        optimizer.step()
+        with optimizer.second_pass():
+            backward(model, x, target)
+    optimizer.zero_grad()
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == 0
+
+
+def test_steps_of_another_optimizer_do_not_pile_up(make):
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    optimizer, sgd = make(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        loss = F.cross_entropy(model(x), target)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    assert all(len(seen.uses) == 1 for seen in optimizer._watch._seen.values())
+
+
+def test_an_expert_that_gets_no_data_is_left_alone(make):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+        def forward(self, x):
+            first = torch.arange(len(x)) >= 0  # all of them
+            return self.experts[0](x[first]) + self.experts[1](x[~first]).sum()
+
+    model, data = Experts(), batches((5,), 3)
+    before = model.experts[1].weight.clone()
+    optimizer = make(model)
+    train(model, optimizer, data)
+    assert torch.equal(model.experts[1].weight, before)
+
+
+def test_loading_forgets_a_step_that_waits_for_its_second_pass(make):
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    optimizer = make(model)
+    train(model, optimizer, [(x, target)])
+    state = copy.deepcopy(optimizer.state_dict())
+    backward(model, x, target)
+    optimizer.step()
+    optimizer.load_state_dict(state)
+    assert not optimizer.second_pass_due

@@ -212,3 +212,19 @@ def test_a_frozen_bias_leaves_a_layer_without_homogeneous_coordinate():
     assert torch.equal(model[1].bias, before)
     assert optimizer.state[model[1].weight]["H_A"].shape == (3, 3)
     assert optimizer.state[model[0].weight]["H_A"].shape == (4, 4)
+
+
+def test_sparse_gradients_of_an_embedding(make):
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    optimizer = make(model, others=lambda p: torch.optim.SparseAdam(p, lr=0.1))
+    before = model[0].weight.clone()
+    words, target = torch.tensor([[0, 1], [1, 2]]), torch.tensor([0, 1])
+    train(model, optimizer, [(words, target)] * 2)
+    moved = (model[0].weight != before).any(1)
+    assert moved.tolist() == [True] * 3 + [False] * 6
+
+
+@pytest.mark.parametrize("wrong", [3, torch.optim.LBFGS, torch.optim.SGD([torch.zeros(1)], lr=0.1)])
+def test_others_that_cannot_be_used_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"^others (must be a function|cannot be torch\.optim\.LBFGS)"):
+        kfqn.KFBFGS(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), others=wrong)
