@@ -1,5 +1,6 @@
 """The factors of every layer: how they start, which process holds them, and what they tell of themselves."""
 
+import contextlib
 import math
 import warnings
 from abc import abstractmethod
@@ -178,11 +179,12 @@ class FactoredOptimizer(LayeredOptimizer):
 
     def _start_layers(self, moments: Mapping[Layer, Moments]) -> None:
         """The states of the given layers: all of them, or on an error none."""
-        states = {
-            layer: self._empty_state(layer) | self._start(layer, moments[layer], self._group(layer))
-            for layer in moments
-            if self._owns(layer)
-        }
+        with self._full_precision():
+            states = {
+                layer: self._empty_state(layer) | self._start(layer, moments[layer], self._group(layer))
+                for layer in moments
+                if self._owns(layer)
+            }
         for layer, state in states.items():
             self._enter(layer, state | {"step": torch.zeros(())})
 
@@ -247,6 +249,11 @@ class FactoredOptimizer(LayeredOptimizer):
 
     def _own_groups(self) -> list[Group]:
         return [self.param_groups[place] for place in sorted({*self._places.values()})]
+
+    def _unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """Around a pass without weight gradients, which `DistributedDataParallel` is not to wait for."""
+        running = self._watch.data_parallel
+        return running.no_sync() if running is not None else contextlib.nullcontext()
 
     def _count(self, state: State, increments: Mapping[str, Tensor | int]) -> None:
         for name, increment in increments.items():

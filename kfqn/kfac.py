@@ -126,9 +126,7 @@ class KFAC(KroneckerOptimizer):
         generator = torch.Generator(self._layers[0].weight.device).manual_seed(mixed)
         group["drawn"] += 1
         look = Look(inputs=inputs, Dh=second_moment_of_gradient, frozen=True)
-        running = self._watch.data_parallel
-        alone = running.no_sync() if running is not None else contextlib.nullcontext()
-        with second_pass(self._model, rewind), torch.enable_grad(), alone:
+        with second_pass(self._model, rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look) as seen:
                 closure.sampled(generator)
         return seen

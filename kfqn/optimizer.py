@@ -111,9 +111,9 @@ class KroneckerOptimizer(FactoredOptimizer):
             self._check_closure(closure)
             loss = self._first_call(closure)
             closure = closure if loss is not None else None
-        with self._full_precision():
-            seen = self._move(loss, closure)
-        if seen:
+        seen = self._move(loss, closure)
+        elsewhere = self._ranks.size > 1 and self._watch.awake  # another process may have seen layers
+        if seen or (seen is not None and elsewhere):
             self._learn(seen, closure)
         self._watch.awake = self._looks_next()
         return loss
@@ -219,7 +219,8 @@ class KroneckerOptimizer(FactoredOptimizer):
             directions[layer] = layer.W().new_empty(0)
             if self._owns(layer):
                 DW, state = averages[layer], self.state[layer.weight]
-                P = directions[layer] = self._direction(DW, state, self._group(layer))
+                with self._full_precision():
+                    P = directions[layer] = self._direction(DW, state, self._group(layer))
                 norms = [torch.linalg.vector_norm(x) for x in (P, DW)]
                 reach = torch.linalg.vector_norm(layer.weight, math.inf).to(P.dtype)
                 own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms, reach])

@@ -96,7 +96,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
         return {"A": (*layer.groups, layer.columns, layer.columns)}
 
     def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
-        return {layer: {"A": record.sum(second_moment)} for layer, record in seen.items()}
+        with self._full_precision():
+            return {layer: {"A": record.sum(second_moment)} for layer, record in seen.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         with unmoved_buffers(self._model), self._watch.looking(Look(inputs=True)) as seen:
@@ -210,9 +211,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._firsts.clear()
         memory.stepped = False
         look = replace(self._first_look, inputs=False, frozen=True)
-        running = self._watch.data_parallel
-        alone = running.no_sync() if running is not None else contextlib.nullcontext()
-        with second_pass(self._model, memory.rewind), torch.enable_grad(), alone:
+        with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:
                 yield
         if firsts and not seen and self._ranks.size == 1:

@@ -313,3 +313,13 @@ def test_targets_follow_the_seed_and_leave_torchs_random_state_alone():
         results.append(optimizer.state[model[0].weight]["Gamma"])
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_every_pass_runs_under_the_autocast_around_the_step():
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    optimizer, seen = kfqn.KFAC(model.float()), []
+    model[0].register_forward_hook(lambda _module, _inputs, h: seen.append(h.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(kfqn.closure(model, x.float(), target, F.cross_entropy))
+    assert seen == [torch.bfloat16] * 3
+    assert optimizer.state[model[0].weight]["Gamma"].dtype == torch.float32
