@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: race test examples lint bench clean
+.PHONY: race test examples lint bench peers clean
 
 race: $(VENV)/installed-race
 	$(BIN)/kfqn race
@@ -20,7 +20,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-race
+peers: $(VENV)/installed-peers
+
+bench: $(VENV)/installed-peers
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/levers.py
 
@@ -38,6 +40,10 @@ $(VENV)/installed-race: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed-race
 	$(PIP) -c constraints.txt --group dev
+	touch $@
+
+$(VENV)/installed-peers: $(VENV)/installed-race
+	$(PIP) -c constraints.txt --no-deps --group peers
 	touch $@
 
 $(VENV)/installed-examples: $(VENV)/installed-dev

@@ -107,7 +107,7 @@ def fake_runs(folder, losses, epochs=lambda settings: 1):
 def test_halving_promotes_the_best_third_and_survives_a_field_that_is_lost(tmp_path):
     losses = {float(k): k / 10 for k in range(1, 10)}
     field = [("sgd", {"lr": lr}) for lr in losses]
-    search = Search("train_loss", halving=True, thinned=(), seeds=1)
+    search = Search("train_loss", halving=True, thinned=(), points=None, seeds=1)
     do, asked = fake_runs(tmp_path / "a", losses)
     entries, runs = sweep(field, WHOLE, search, do)
     assert asked == [(1, [*losses]), (3, [1.0, 2.0, 3.0]), (9, [1.0])]
@@ -125,7 +125,7 @@ def test_halving_promotes_the_best_third_and_survives_a_field_that_is_lost(tmp_p
 
 def test_under_a_budget_the_lowest_wins_not_the_run_with_the_most_epochs(tmp_path):
     do, _ = fake_runs(tmp_path, {0.1: 0.9, 0.01: 0.1}, epochs=lambda s: 38 if s["lr"] == 0.1 else 37)
-    search = Search("train_loss", halving=False, thinned=(), seeds=1)
+    search = Search("train_loss", halving=False, thinned=(), points=None, seeds=1)
     entries, _ = sweep([("sgd", {"lr": lr}) for lr in (0.1, 0.01)], WHOLE, search, do)
     assert entries["sgd"]["best"] == {"lr": 0.01}
 

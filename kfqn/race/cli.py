@@ -1,6 +1,7 @@
 """The command line: what can be said, without importing anything heavy."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import ENTRANTS, PAPER
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -60,10 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "--optimizers",
         nargs="+",
         type=entrant,
-        default=[(name, None) for name in ENTRANTS],
+        default=[(name, None) for name in PAPER],
         metavar="NAME[:KEY=VALUE,...]",
         help=f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
-        "(default: all of them)",
+        f"(default: {' '.join(PAPER)}); or any torch optimizer by its dotted name, with its own arguments: "
+        "torch.optim.RMSprop:lr=1e-3,centered=true",
     )
     race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
     add_problem(race)
@@ -78,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(command="sweep")
     sweep.add_argument(
-        "--optimizers", nargs="+", choices=ENTRANTS, default=list(ENTRANTS), help="default: all"
+        "--optimizers", nargs="+", choices=ENTRANTS, default=list(PAPER), help=f"default: {' '.join(PAPER)}"
     )
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
     sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
@@ -163,6 +165,12 @@ def add_search(command: argparse.ArgumentParser, *, by: bool) -> None:
         help="only every second value of these settings, of every one if none is named",
     )
     command.add_argument(
+        "--points",
+        type=positive,
+        metavar="N",
+        help="of a larger grid try only N points, drawn at random and always the same: an equal chance for all",
+    )
+    command.add_argument(
         "--halving",
         action="store_true",
         help="successive halving: all points for a ninth of the length, the best third for a third, "
@@ -216,11 +224,15 @@ def positive(text: str) -> int:
 def entrant(text: str) -> tuple[str, Settings | None]:
     """``name`` or ``name:key=value,key=value``, for argparse; None stands for the best known settings."""
     name, _, rest = text.partition(":")
+    if "." in name and not rest:
+        return name, {}
+    if "." in name:
+        return name, {key: _argument(key, value) for key, _, value in map(_pair, rest.split(","))}
     if name not in ENTRANTS:
         raise argparse.ArgumentTypeError(f"no optimizer {name!r} (choose from {', '.join(ENTRANTS)})")
     if not rest:
         return name, None
-    pairs = [item.partition("=") for item in rest.split(",")]
+    pairs = [_pair(item) for item in rest.split(",")]
     tuned, options = ENTRANTS[name].tuned, ENTRANTS[name].options
     given = [key for key, _, _ in pairs]
     if len({*given}) < len(given) or not {*tuned} <= {*given} <= {*tuned, *options}:
@@ -235,3 +247,18 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if not all(math.isfinite(v) and (v > 0 or key in options) for key, v in settings.items()):
         raise argparse.ArgumentTypeError(f"settings must be > 0 and finite, got {rest!r}")
     return name, {key: settings[key] for key in (*tuned, *options) if key in settings}
+
+
+def _pair(item: str) -> tuple[str, str, str]:
+    key, equals, value = item.partition("=")
+    return key.strip(), equals, value.strip()
+
+
+def _argument(key: str, value: str) -> float:
+    """An argument of any optimizer: true, false, a whole number or another."""
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    raise argparse.ArgumentTypeError(f"{key} must be a number, true or false, got {value!r}")

@@ -1,5 +1,6 @@
 """The optimizers that race, and the settings each takes unless told otherwise."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfqn.race import peers
 from kfqn.race.failure import Failure
 from kfqn.race.grids import TABLE_3, Settings, in_torch
 
@@ -93,8 +95,22 @@ ENTRANTS: Mapping[str, Entrant] = {
         Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
         Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
         Entrant("sgd", "SGD-m", _sgd, ("lr",)),
+        Entrant("adamw", "AdamW", peers.adamw, ("lr", "decay")),
+        Entrant("soap", "SOAP", peers.soap, ("lr", "beta"), ("interval",)),
+        Entrant("muon", "Muon", peers.muon, ("lr", "adam")),
+        Entrant("shampoo", "Shampoo", peers.shampoo, ("lr", "eps"), ("interval",)),
+        Entrant("singd", "SINGD", peers.singd, ("lr", "lr_cov"), ("damping",)),
     )
 }
+
+PAPER = ("kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # the field of the paper's section 6
+
+
+def entrant_of(name: str) -> Entrant:
+    """An entrant, or any torch optimizer by its dotted name, with its arguments as options."""
+    if name in ENTRANTS:
+        return ENTRANTS[name]
+    return Entrant(name, name.rpartition(".")[-1], functools.partial(peers.from_class, name), ())
 
 
 def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, str]:
@@ -116,6 +132,8 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
                 return dict(entry["best"]), source
     if entrant in TABLE_3.get(problem, {}):
         return in_torch(entrant, TABLE_3[problem][entrant]), "the paper's Table 3"
+    if entrant not in ENTRANTS:
+        return {}, "the defaults of its class"
     raise Failure(
         f"no settings are known for {entrant} on {problem}: give them, as in --optimizers "
         f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].tuned)}, or run 'kfqn sweep "
@@ -128,6 +146,6 @@ def check_settings(entrant: str, settings: Settings) -> None:
     from torch import nn
 
     try:
-        ENTRANTS[entrant].build(nn.Linear(1, 1), settings, 0.0)
+        entrant_of(entrant).build(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), settings, 0.0)
     except ValueError as error:
         raise Failure(f"{entrant} cannot run with these settings: {error}") from error

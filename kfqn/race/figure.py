@@ -14,7 +14,7 @@ from kfqn.race.entrants import ENTRANTS
 from kfqn.race.runs import atomic_path
 from kfqn.race.summary import Standing, common_target
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#F0E442"]  # Okabe-Ito
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#F0E442", "#882255", "#44AA99"]
 DASHES = ["-", "--"]
 SIZE = (10.0, 7.0)  # inches of one block
 
@@ -70,7 +70,8 @@ def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
     names = [standing.config.entrant for standing in standings]
     if any(names.count(name) > 2 for name in names):  # many settings of one: colours tell them apart
         return [COLORS[n % len(COLORS)] for n in range(len(names))], ["-"] * len(names)
-    colors = [COLORS[[*ENTRANTS].index(name) % len(COLORS)] for name in names]
+    order = [*ENTRANTS, *dict.fromkeys(name for name in names if name not in ENTRANTS)]
+    colors = [COLORS[order.index(name) % len(COLORS)] for name in names]
     return colors, [DASHES[names[:n].count(name)] for n, name in enumerate(names)]
 
 

@@ -6,6 +6,7 @@ learning rate is ten times that of `torch.optim.SGD` with momentum 0.9 (`docs/de
 """
 
 import itertools
+import random
 from collections.abc import Collection, Mapping
 
 Settings = Mapping[str, float]
@@ -16,7 +17,7 @@ _SECOND_ORDER = {
     "damping": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
 }
 
-PRINTED: Mapping[str, Grid] = {
+PRINTED: dict[str, Grid] = {
     "kfbfgs": _SECOND_ORDER,
     "kflbfgs": _SECOND_ORDER,
     "kfac": _SECOND_ORDER,
@@ -63,9 +64,9 @@ TABLE_3: Mapping[str, Mapping[str, Settings]] = {
 
 _DIGITS_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
 
-SETTINGS = ("lr", "damping", "eps")  # what the grids range over
+SETTINGS = ("lr", "damping", "eps", "decay", "beta", "adam", "lr_cov")  # what the grids range over
 
-DIGITS: Mapping[str, Grid] = {
+DIGITS: dict[str, Grid] = {
     "kfbfgs": _DIGITS_SECOND_ORDER,
     "kflbfgs": _DIGITS_SECOND_ORDER,
     "kfac": _DIGITS_SECOND_ORDER,
@@ -74,12 +75,20 @@ DIGITS: Mapping[str, Grid] = {
 }
 
 # The printed numbers, but in torch's convention, so that SGD-m's lr 0.1 of He et al. (2016) is no edge.
-RESNET20: Mapping[str, Grid] = {
+RESNET20: dict[str, Grid] = {
     **PRINTED,
     "adam": {key: PRINTED["adam"][key] for key in ("lr", "eps")},
 }
 
 OURS = {"digits": DIGITS, "cifar10-resnet20": RESNET20}  # problems with ranges in torch's convention
+
+PEERS: dict[str, Grid] = {  # on every problem; of the size of those of the digits
+    "adamw": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1), "decay": (1e-3, 0.01, 0.1, 1.0)},
+    "soap": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1), "beta": (0.8, 0.9, 0.95, 0.99)},
+    "muon": {"lr": (3e-3, 0.01, 0.03, 0.1, 0.3), "adam": (1e-3, 3e-3, 0.01, 0.03)},
+    "shampoo": {"lr": (0.01, 0.03, 0.1, 0.3, 1.0), "eps": (1e-8, 1e-6, 1e-4, 0.01)},
+    "singd": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1), "lr_cov": (3e-3, 0.01, 0.03, 0.1)},
+}
 
 
 def in_torch(entrant: str, settings: Settings) -> dict[str, float]:
@@ -96,12 +105,17 @@ def in_print(entrant: str, settings: Settings) -> dict[str, float]:
     return dict(settings) | {"lr": float(f"{settings['lr'] * 10:.12g}")}
 
 
-def grid(problem: str, entrant: str, thinned: Collection[str] = ()) -> list[dict[str, float]]:
+def grid(
+    problem: str, entrant: str, thinned: Collection[str] = (), most: int | None = None
+) -> list[dict[str, float]]:
     """Every point that a sweep tries, in torch's convention; of ``thinned`` settings every second value.
 
-    A thinned setting keeps its last value, where the paper's best damping often lies.
+    A thinned setting keeps its last value, where the paper's best damping often lies. Of more than ``most``
+    points so many are drawn at random, always the same.
     """
-    ranges = OURS.get(problem, PRINTED)[entrant]
+    ranges = (OURS.get(problem, PRINTED) | PEERS)[entrant]
     kept = [values[::-1][::2][::-1] if key in thinned else values for key, values in ranges.items()]
     points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
+    if most is not None and len(points) > most:
+        points = [points[n] for n in sorted(random.Random(0).sample(range(len(points)), most))]
     return points if problem in OURS else [in_torch(entrant, point) for point in points]

@@ -37,12 +37,14 @@ class Scale:
 class Search:
     """How a grid is gone through, and what its best point has the least of.
 
-    ``thinned`` settings are tried at every second value only; see `kfqn.race.sweep` for halving.
+    ``thinned`` settings are tried at every second value only, and of more than ``points`` points so many
+    drawn at random (None: all); see `kfqn.race.sweep` for halving.
     """
 
     by: str
     halving: bool
     thinned: tuple[str, ...]
+    points: int | None
     seeds: int
 
 

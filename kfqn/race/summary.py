@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import entrant_of
 from kfqn.race.runs import Config, Record, Run
 
 Array = NDArray[np.float64]
@@ -50,7 +50,8 @@ class Standing:
     def label(self) -> str:
         """Name and settings, as in a legend."""
         values = ", ".join(f"{key} {value:g}" for key, value in self.config.settings.items())
-        return f"{ENTRANTS[self.config.entrant].label} ({values})"
+        label = entrant_of(self.config.entrant).label
+        return f"{label} ({values})" if values else label
 
     @property
     def lost(self) -> str:

@@ -74,6 +74,7 @@ def _entry(name: str, points: Sequence[Point], runs: Sequence[Run], search: Sear
         "by": search.by,
         "halving": search.halving,
         "coarse": list(search.thinned),
+        "most": search.points,
         "conditions": next(
             (end["conditions"] for run in own if (end := run.end()) and "conditions" in end), {}
         ),
@@ -173,6 +174,7 @@ def told(entry: Entry) -> str:
     parts += [f"{scale['train_size']} images"] if scale["train_size"] else []
     parts += ["halving"] if entry["halving"] else []
     parts += [f"every second {', '.join(entry['coarse'])}"] if entry["coarse"] else []
+    parts += [f"at most {entry['most']} points"] if entry.get("most") else []
     return ", ".join(parts)
 
 

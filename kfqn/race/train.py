@@ -11,6 +11,7 @@ warm start, which is stated by itself.
 import contextlib
 import datetime
 import functools
+import inspect
 import math
 import platform
 import subprocess
@@ -29,7 +30,7 @@ from kfqn.closures import Closure
 from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race import processes
 from kfqn.race.data import Dataset, Images
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import entrant_of
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.runs import Record, Run, atomic_path
 
@@ -65,7 +66,7 @@ class Trainer:
 
     def __init__(self, run: Run, data_dir: Path | None) -> None:
         config = run.config
-        problem, entrant = PROBLEMS[config.problem], ENTRANTS[config.entrant]
+        problem, entrant = PROBLEMS[config.problem], entrant_of(config.entrant)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
@@ -74,6 +75,10 @@ class Trainer:
         self.model = problem.network(config.width).to(self.device)
         self.trained = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
         self.optimizer = entrant.build(self.trained, config.settings, config.weight_decay)
+        takes = inspect.signature(self.optimizer.step).parameters
+        self.needs_closure = isinstance(self.optimizer, KroneckerOptimizer) or any(
+            parameter.default is parameter.empty for parameter in takes.values()
+        )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average: Tensor | None = None
         self.records: list[Record] = []
@@ -154,8 +159,13 @@ class Trainer:
         self.cpu_seconds += time.process_time() - cpu_start
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of any optimizer; the loss before it."""
-        loss: Any = self.optimizer.step(self.closure(x, y))  # type: ignore[arg-type]
+        """One step of any optimizer; the loss before it. Not all that need no closure take one."""
+        closure: Any = self.closure(x, y)
+        if self.needs_closure:
+            loss = self.optimizer.step(closure)
+        else:
+            loss = closure()
+            self.optimizer.step()
         return processes.mean(torch.as_tensor(loss).detach())
 
     def closure(self, x: Tensor, y: Tensor) -> Closure:

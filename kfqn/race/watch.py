@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import entrant_of
 from kfqn.race.runs import Run
 
 
@@ -30,7 +30,7 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
         console=console,
     )
     tasks = {
-        name: progress.add_task(ENTRANTS[name].label, total=len(of), state="") for name, of in groups.items()
+        name: progress.add_task(entrant_of(name).label, total=len(of), state="") for name, of in groups.items()
     }
     ended: dict[Path, State] = {}
     news = False  # runs that had ended before are none

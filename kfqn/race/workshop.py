@@ -60,7 +60,7 @@ class Workshop:
         def run_field(field: Field, length: Scale) -> list[Run]:
             return self.run(problem, field, search.seeds, length, search.by)
 
-        field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned)]
+        field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned, search.points)]
         return sweep.sweep(field, scale, search, run_field)
 
 
@@ -120,7 +120,7 @@ def search_of(options: argparse.Namespace, scale: Scale, by: str, seeds: int = 1
             f"{sweep.STEP**2}: give more, or leave --halving out."
         )
     thinned = SETTINGS if options.coarse == [] else tuple(options.coarse or ())
-    return Search(by=by, halving=options.halving, thinned=thinned, seeds=seeds)
+    return Search(by=by, halving=options.halving, thinned=thinned, points=options.points, seeds=seeds)
 
 
 def data_folder(given: Path | None, problems: Sequence[Problem], console: Console) -> Path | None:
