@@ -65,14 +65,14 @@ def main() -> None:
     a, v = torch.randn(128, 96, 32, 32), torch.randn(layer.columns)
     h = module(a)
     torch.testing.assert_close(
-        eq_13_by_convolution(a, v), second_moment_matvec(layer, a, v), rtol=1e-3, atol=0.1
+        eq_13_by_convolution(a, v), second_moment_matvec(layer.inputs, a, v), rtol=1e-3, atol=0.1
     )
     s, H = torch.randn(1729), torch.eye(1729)
     ways: dict[str, Callable[[], object]] = {
         "the layer's own forward pass": lambda: module(a),
         "eq. (13) as a convolution and its weight gradient": lambda: eq_13_by_convolution(a, v),
-        "eq. (13) channels first (kept)": lambda: second_moment_matvec(layer, a, v),
-        "mean activation (kept: mean over data first)": lambda: mean_activation(layer, a),
+        "eq. (13) channels first (kept)": lambda: second_moment_matvec(layer.inputs, a, v),
+        "mean activation (kept: mean over data first)": lambda: mean_activation(layer.inputs, a),
         "mean of h by h.mean": lambda: h.mean((0, 2, 3)),
         "mean of h by a product (kept)": lambda: mean_preactivation(layer.preactivation(h)),
         "BFGS, side 1729, two addr_": lambda: rank_two_by_outer_products(H, s, s),

@@ -82,16 +82,16 @@ class Seen:
             return value(self.uses[0])
         return torch.stack([value(use) * weight(use) for use in self.uses]).sum(0)
 
-    def mean(self, of_input: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+    def mean(self, of_input: Reduction) -> Tensor:
         """A mean over data and locations, from one over those of a single input."""
         return self._sum(
-            lambda use: of_input(self.layer, self.input(use)),
+            lambda use: of_input(self.input(use)),
             lambda use: self._share_of_data(use) * self._share_of_locations(use),
         )
 
-    def sum(self, of_input: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+    def sum(self, of_input: Reduction) -> Tensor:
         """A mean over data and a sum over locations, from one over those of a single input."""
-        return self._sum(lambda use: of_input(self.layer, self.input(use)), self._share_of_data)
+        return self._sum(lambda use: of_input(self.input(use)), self._share_of_data)
 
     def input(self, use: Use) -> Tensor:
         """The input of a use, in the layer's `dtype`."""
@@ -248,7 +248,7 @@ class Watch:
         if wrong is not None and look is not self._first:
             raise ValueError(wrong)
         if wrong is None:
-            use.locations = math.prod(layer.locations(a))
+            use.locations = math.prod(layer.inputs.locations(a))
             if look.h is not None:  # now: an in-place ReLU overwrites h next
                 use.h = _reduced(look.h, layer, h.detach())
         if look.Dh is None:

@@ -85,14 +85,14 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
         return DW  # without momentum
 
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:  # line 6
+    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return mean_a  # nothing is asked with it: A itself is wanted
 
     def _answer(self, record: Seen, s: Tensor) -> Tensor:
-        return record.sum(second_moment)
+        return record.sum(lambda a: second_moment(record.layer.inputs, a))
 
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
         return (*layer.groups, layer.columns, layer.columns)

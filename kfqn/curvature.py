@@ -2,7 +2,7 @@
 
 Scales, the usual source of wrong factors: A is a mean over the data and a SUM over the
 locations T; ā, h̄, Dh̄ and Γ are means over both (`docs/decisions.md`, 4, 5 and 16). Shapes start with
-*g, the groups of a convolution that has any (`kfqn.layers`).
+*g, the groups of a convolution that has any and the blocks of A (`kfqn.inputs`).
 """
 
 import math
@@ -10,35 +10,35 @@ import math
 import torch
 from torch import Tensor
 
-from kfqn.layers import Layer
+from kfqn.inputs import Inputs
 
 _BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
 
 
-def mean_activation(layer: Layer, a: Tensor) -> Tensor:
-    """ā = E_n[1/|T| Σ_t a_t(n)], (*g, C), for the layer's input ``a``: where the pair for H_A starts.
+def mean_activation(inputs: Inputs, a: Tensor) -> Tensor:
+    """ā = E_n[1/|T| Σ_t a_t(n)], (*g, C), for a layer's input ``a``: where the pair for H_A starts.
 
     Taking the mean over the data first leaves one datum's work.
     """
-    ones = a.new_ones(1, *layer.groups, *layer.locations(a))
-    return layer.weighted_sum(_mean_over_data(a)[None], ones) / math.prod(layer.locations(a))
+    ones = a.new_ones(1, *inputs.groups, *inputs.locations(a))
+    return inputs.weighted_sum(_mean_over_data(a)[None], ones) / math.prod(inputs.locations(a))
 
 
-def second_moment_matvec(layer: Layer, a: Tensor, v: Tensor) -> Tensor:
+def second_moment_matvec(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
     """A v = E_n[Σ_t (a_t(n)ᵀ v) a_t(n)], (*g, C), eq. (13), without forming A or any a_t."""
-    return layer.weighted_sum(a, layer.inner(a, v)) / len(a)
+    return inputs.weighted_sum(a, inputs.inner(a, v)) / len(a)
 
 
-def second_moment(layer: Layer, a: Tensor) -> Tensor:
+def second_moment(inputs: Inputs, a: Tensor) -> Tensor:
     """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (*g, C, C), eq. (8): dense, O(m|T|C²), for the start only.
 
     The a_t are written out for a few data at a time, so memory stays bounded.
     """
-    g, C = layer.groups, layer.columns
+    g, C = inputs.groups, inputs.columns
     A = a.new_zeros(math.prod(g), C, C)
-    data = max(1, _BLOCK // (math.prod((*g, *layer.locations(a))) * C))
+    data = max(1, _BLOCK // (math.prod((*g, *inputs.locations(a))) * C))
     for block in a.split(data):
-        at = layer.patches(block).movedim(0, -3).reshape(len(A), -1, C)
+        at = inputs.patches(block).movedim(0, -3).reshape(len(A), -1, C)
         A.baddbmm_(at.mT, at)
     return A.view(*g, C, C) / len(a)
 

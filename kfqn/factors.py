@@ -134,6 +134,9 @@ class FactoredOptimizer(LayeredOptimizer):
             for value in total.values():
                 value.div_(data[layer])
         self._start_layers(self._mean_moments([layer for layer in self._layers if layer in sums], sums))
+        for group in map(self._group, sums):
+            group["k"] = 0
+        self._watch.awake = True
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """What the factors of every layer are doing, by the layer's name.
@@ -167,7 +170,7 @@ class FactoredOptimizer(LayeredOptimizer):
         """Means over the processes, a layer at a time because moments are large."""
         found = {}
         for layer in layers:
-            like = layer.W()
+            like = layer.empty()
             found[layer] = self._ranks.means(own.get(layer, {}), self._moment_shapes(layer), like)
             if not found[layer]:
                 raise RuntimeError(
@@ -195,7 +198,7 @@ class FactoredOptimizer(LayeredOptimizer):
             self.state[layer.bias] = {"step": state["step"].clone()}
 
     def _empty_state(self, layer: Layer) -> State:
-        like = layer.W()
+        like = layer.empty()
         zeros = {key: like.new_zeros(shape) for key, shape in self._shapes(layer, self._group(layer)).items()}
         counts = torch.zeros(len(self._counted), device=like.device)
         return zeros | {"step": torch.tensor(_EMPTY), "counts": counts, "last": counts.new_zeros(2)}
@@ -232,7 +235,8 @@ class FactoredOptimizer(LayeredOptimizer):
     def _share_out(self) -> None:
         """Say which process holds the factors of each layer: the largest first, to whom has least."""
         sizes = {
-            layer: (layer.columns**2 + layer.rows**2) * math.prod(layer.groups) for layer in self._layers
+            layer: sum(map(math.prod, self._shapes(layer, self._group(layer)).values()))
+            for layer in self._layers
         }
         loads = [0] * self._ranks.size
         for layer, owner in self._owners.items():

@@ -172,7 +172,7 @@ class KFAC(KroneckerOptimizer):
     def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
         return DW if group["momentum"] else state["DW"].lerp_(DW, 1 - group["beta"])  # line 6
 
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
+    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7
 
     def _accumulated(self, P: Tensor, state: State, group: Group) -> Tensor:
@@ -183,7 +183,7 @@ class KFAC(KroneckerOptimizer):
             self._warn("step() without a closure of kfqn.closure learns nothing about curvature.")
             return
         with self._full_precision():
-            self._take_in("Omega", {layer: record.sum(second_moment) for layer, record in seen.items()})
+            self._take_in("Omega", {layer: _Omega(record) for layer, record in seen.items()})
         for layer, record in seen.items():
             record.let_go()
             group, state = self._group(layer), self.state.get(layer.weight, {})
@@ -200,7 +200,7 @@ class KFAC(KroneckerOptimizer):
         for layer in self._layers:
             shapes = {name: self._moment_shapes(layer)[name]}
             of_layer = {name: own.pop(layer)} if layer in own else {}
-            mean = self._ranks.means(of_layer, shapes, layer.W()).get(name)
+            mean = self._ranks.means(of_layer, shapes, layer.empty()).get(name)
             state = self.state.get(layer.weight)
             if state and mean is not None:
                 finite = mean.isfinite().all()
@@ -235,7 +235,11 @@ class KFAC(KroneckerOptimizer):
 
 
 def _moments(first: Seen, sampled: Seen) -> Moments:
-    return {"Omega": first.sum(second_moment), "Gamma": sampled.Dh()}
+    return {"Omega": _Omega(first), "Gamma": sampled.Dh()}
+
+
+def _Omega(seen: Seen) -> Tensor:
+    return seen.sum(lambda a: second_moment(seen.layer.inputs, a))
 
 
 def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, float | Tensor]:

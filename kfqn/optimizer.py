@@ -71,7 +71,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         """D̂W, (*g, I, C), from the mini-batch gradient DW (*g, I, C)."""
 
     @abstractmethod
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
+    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         """P in W ← W − α P, (*g, I, C), from D̂W."""
 
     def _accumulated(self, P: Tensor, state: State, group: Group) -> Tensor:
@@ -169,7 +169,7 @@ class KroneckerOptimizer(FactoredOptimizer):
                     self._enter(layer, self._empty_state(layer))
                 continue
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                DW.add_(layer.W(), alpha=group["weight_decay"])
+                layer.add_to_(DW, alpha=group["weight_decay"])
             gradients[layer] = DW
         return gradients
 
@@ -216,17 +216,17 @@ class KroneckerOptimizer(FactoredOptimizer):
         """The steps of these layers before they are taken; P is empty where the factors are elsewhere."""
         directions, own = {}, {}
         for layer in layers:
-            directions[layer] = layer.W().new_empty(0)
+            directions[layer] = layer.empty()
             if self._owns(layer):
                 DW, state = averages[layer], self.state[layer.weight]
                 with self._full_precision():
-                    P = directions[layer] = self._direction(DW, state, self._group(layer))
+                    P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
                 norms = [torch.linalg.vector_norm(x) for x in (P, DW)]
                 reach = torch.linalg.vector_norm(layer.weight, math.inf).to(P.dtype)
                 own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms, reach])
         if not own and self._ranks.size == 1:
             return {}
-        shared = self._ranks.means(own, dict.fromkeys(directions, (4,)), self._layers[0].W())
+        shared = self._ranks.means(own, dict.fromkeys(directions, (4,)), self._layers[0].empty())
         numbers = torch.stack([shared[layer] for layer in directions]).tolist()
         return {
             layer: self._judged(layer, P, *of_layer)
@@ -272,6 +272,8 @@ class KroneckerOptimizer(FactoredOptimizer):
 
         One whose inputs are too large even for that keeps its state, and does not move.
         """
+        for group in (self._group(layer) for layer in layers):
+            group["k"] = 0  # young factors: see `curvature_interval`
         for layer in layers:
             old = self.state.get(layer.weight, {})
             kept = {key: old[key] for key in ("DW", "step", "counts", "last") if key in old}

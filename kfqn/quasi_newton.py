@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kfqn.capture import Seen
 from kfqn.curvature import second_moment_matvec
 from kfqn.groups import Group, Others, State, adamw
+from kfqn.inputs import Blocks
 from kfqn.layers import Layer
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, lbfgs_push_, matvec
 from kfqn.settings import checked_settings
@@ -20,7 +21,8 @@ class KFQN(TwoPassOptimizer):
     """Algorithm 2, open only in how H_G is kept.
 
     A layer's state: ``DW`` (I, C) the averaged gradient, ``H_A`` (C, C), ``s_G`` and ``y_G``
-    (I,) the averaged pair, and what the subclass keeps of H_G.
+    (I,) the averaged pair, and what the subclass keeps of H_G. Of a factor larger than
+    ``max_factor_size`` the b blocks on its diagonal are kept, (b, …).
     """
 
     @abstractmethod
@@ -32,28 +34,36 @@ class KFQN(TwoPassOptimizer):
         """H_G V, (I, C), for ``V`` (I, C)."""
 
     @abstractmethod
+    def _blocks_G(self, x: Tensor, state: State) -> Tensor:
+        """A vector (*g, I) as H_G's blocks see it, (*g, b, I), if it has any."""
+
+    @abstractmethod
     def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
         """Update H_G with a damped pair (line 18); say where it was done, (*g,)."""
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        g, rows, columns = layer.groups, layer.rows, layer.columns
-        shapes = {"DW": (*g, rows, columns), "H_A": (*g, columns, columns)}
+        g, rows, inputs = layer.groups, layer.rows, self._inputs(layer)
+        H_A = (*inputs.groups, inputs.columns, inputs.columns)
+        shapes = {"DW": (*g, rows, layer.columns), "H_A": H_A}
         return shapes | {"s_G": (*g, rows), "y_G": (*g, rows)} | self._shapes_G(layer, group)
 
     def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
         return state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
 
-    def _direction(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        return self._H_G(state, DW @ state["H_A"])  # line 8
+    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
+        inputs = self._inputs(layer)
+        return self._H_G(state, inputs.join(inputs.split(DW) @ state["H_A"]))  # line 8
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)
 
     def _answer(self, record: Seen, s: Tensor) -> Tensor:
-        return record.sum(lambda layer, a: second_moment_matvec(layer, a, s))
+        inputs = self._inputs(record.layer)
+        return record.sum(lambda a: second_moment_matvec(inputs, a, s))
 
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
-        return (*layer.groups, layer.columns)
+        inputs = self._inputs(layer)
+        return (*inputs.groups, inputs.columns)
 
     def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
         y = first.As + math.sqrt(group["damping"]) * first.s  # λ_A = √λ
@@ -62,6 +72,7 @@ class KFQN(TwoPassOptimizer):
 
     def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
         Hy = self._H_G(state, y[..., None])[..., 0]
+        s, y, Hy = (self._blocks_G(x, state) for x in (s, y, Hy))
         ratio = dot(s, y) / dot(y, Hy)
         damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=math.sqrt(group["damping"]))  # line 17
         self._note_G(state, ratio, ratio < group["mu1"], self._update_G(state, *damped))  # line 18
@@ -102,7 +113,10 @@ class KFBFGS(KFQN):
             None is the paper's method to the letter. With 1 even the largest learning rates of
             the paper's grid train (`docs/results.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step; 1 is the paper's method to the letter.
+            a first-order step. Young factors learn more often: at each of the first 20 steps, then at
+            gaps that grow by one every ten steps. 1 is the paper's method to the letter.
+        max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
+            most alike that are no larger; neighbouring channels stay together. None keeps factors whole.
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
@@ -131,6 +145,7 @@ class KFBFGS(KFQN):
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int = 1,
+        max_factor_size: int | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -146,17 +161,30 @@ class KFBFGS(KFQN):
             decoupled_weight_decay=decoupled_weight_decay,
             clip=clip,
             curvature_interval=curvature_interval,
+            max_factor_size=max_factor_size,
         )
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        return {"H_G": (*layer.groups, layer.rows, layer.rows)}
+        rows, largest = layer.rows, group["max_factor_size"]
+        if largest is None or rows <= largest:
+            return {"H_G": (*layer.groups, rows, rows)}
+        blocks = Blocks.of_at_most(largest, rows)
+        return {"H_G": (*layer.groups, blocks.count, blocks.size, blocks.size)}
 
     def _start_G(self, state: State) -> None:
         state["H_G"].diagonal(dim1=-2, dim2=-1).fill_(1)
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
-        return state["H_G"] @ V
+        H_G = state["H_G"]
+        if H_G.ndim == V.ndim:
+            return H_G @ V
+        blocks = Blocks(V.shape[-2], H_G.shape[-1])
+        return blocks.join(H_G @ blocks.split(V, -2), -2)
+
+    def _blocks_G(self, x: Tensor, state: State) -> Tensor:
+        H_G = state["H_G"]
+        return x if H_G.ndim == x.ndim + 1 else Blocks(x.shape[-1], H_G.shape[-1]).split(x, -1)
 
     def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
         return bfgs_update_(state["H_G"], s, y)
@@ -186,6 +214,7 @@ class KFLBFGS(KFQN):
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int = 1,
+        max_factor_size: int | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -202,6 +231,7 @@ class KFLBFGS(KFQN):
             decoupled_weight_decay=decoupled_weight_decay,
             clip=clip,
             curvature_interval=curvature_interval,
+            max_factor_size=max_factor_size,
         )
         super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
 
@@ -213,6 +243,9 @@ class KFLBFGS(KFQN):
 
     def _H_G(self, state: State, V: Tensor) -> Tensor:
         return lbfgs_matmul(state["S"], state["Y"], V)
+
+    def _blocks_G(self, x: Tensor, state: State) -> Tensor:
+        return x  # a history is small however long its vectors
 
     def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
         return lbfgs_push_(state["S"], state["Y"], s, y)

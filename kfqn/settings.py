@@ -13,7 +13,7 @@ _RANGES = {  # low, high, whether low itself is allowed
     "averaging": (0, 1, True),
     "clip": (0, math.inf, False),
 }
-_WHOLE = ("history_size", "inverse_interval", "curvature_interval")
+_WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:

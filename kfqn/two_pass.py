@@ -5,6 +5,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,12 @@ from kfqn.curvature import (
 )
 from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, State
+from kfqn.inputs import Inputs
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
 from kfqn.second_pass import second_pass, unmoved_buffers
+
+_PATIENCE = 10  # steps until the gap between those that are learnt from may grow by one
 
 
 class First(NamedTuple):
@@ -93,11 +97,21 @@ class TwoPassOptimizer(KroneckerOptimizer):
             )
 
     def _moment_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        return {"A": (*layer.groups, layer.columns, layer.columns)}
+        inputs = self._inputs(layer)
+        return {"A": (*inputs.groups, inputs.columns, inputs.columns)}
+
+    def _inputs(self, layer: Layer) -> Inputs:
+        """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""
+        return layer.inputs.in_blocks(self._group(layer).get("max_factor_size"))
+
+    def _A(self, record: Seen) -> Tensor:
+        """A of what was seen, or its blocks."""
+        inputs = self._inputs(record.layer)
+        return record.sum(lambda a: second_moment(inputs, a))
 
     def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
         with self._full_precision():
-            return {layer: {"A": record.sum(second_moment)} for layer, record in seen.items()}
+            return {layer: {"A": self._A(record)} for layer, record in seen.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         with unmoved_buffers(self._model), self._watch.looking(Look(inputs=True)) as seen:
@@ -106,7 +120,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
             else:
                 self._model(*batch if isinstance(batch, tuple | list) else (batch,))
         with self._full_precision():
-            return {layer: ({"A": record.sum(second_moment)}, record.data) for layer, record in seen.items()}
+            return {layer: ({"A": self._A(record)}, record.data) for layer, record in seen.items()}
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         A, shapes = moments["A"], self._shapes(layer, group)
@@ -125,7 +139,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._firsts.clear()
 
     def _looks_next(self) -> bool:
-        due = any(group["k"] % group["curvature_interval"] == 0 for group in self._own_groups())
+        due = any(_is_learnt_from(group["k"], group) for group in self._own_groups())
         return due or bool(self._missing(self._layers))
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
@@ -133,7 +147,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         seen = {
             layer: record
             for layer, record in seen.items()
-            if (groups[layer]["k"] - 1) % groups[layer]["curvature_interval"] == 0
+            if _is_learnt_from(groups[layer]["k"] - 1, groups[layer])
         }
         if self._firsts and closure is None:
             self._warn(
@@ -156,12 +170,13 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
     def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
         """What the first pass says of every layer, over all processes."""
-        layers, like = self._layers, self._layers[0].W()
-        columns = {layer: (*layer.groups, layer.columns) for layer in layers}
+        layers, like = self._layers, self._layers[0].empty()
+        inputs = {layer: self._inputs(layer) for layer in layers}
+        columns = {layer: (*inputs[layer].groups, inputs[layer].columns) for layer in layers}
         rows = {layer: (*layer.groups, layer.rows) for layer in layers}
         again = {layer: record.since(self._memory.since) for layer, record in seen.items()}
         again = {layer: record for layer, record in again.items() if record.uses}
-        own = {(layer, "a"): seen[layer].mean(mean_activation) for layer in again}
+        own = {(layer, "a"): seen[layer].mean(partial(mean_activation, inputs[layer])) for layer in again}
         own |= {(layer, "h"): record.h() for layer, record in again.items()}
         own |= {(layer, "Dh"): record.Dh() for layer, record in again.items()}
         shapes = {(layer, "a"): columns[layer] for layer in layers}
@@ -227,7 +242,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         own = {(layer, "h"): record.h() for layer, record in seen.items()}
         own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
         rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
-        means = self._ranks.means(own, rows, self._layers[0].W())
+        means = self._ranks.means(own, rows, self._layers[0].empty())
         for layer, first in firsts.items():
             state, group = self.state.get(layer.weight), self._group(layer)
             if not state:
@@ -237,6 +252,12 @@ class TwoPassOptimizer(KroneckerOptimizer):
                 dh = means[layer, "h"] - first.h
                 dDh = (means[layer, "Dh"] - first.Dh) * (first.factor / loss_scale)
                 self._learn_G(*averaged_pair(dh, dDh, state, group), state, group)
+
+
+def _is_learnt_from(k: int, group: Group) -> bool:
+    """Whether step k, counted from 0, is one of those with a second pass; at first every one is."""
+    gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
+    return k % gap == 0
 
 
 def averaged_pair(dh: Tensor, dDh: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ replaced by the matrix W times the vectors a_t of eq. (1).
 """
 
 import itertools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,29 @@ def matrix(module):
     return torch.cat(columns, dim=1).clone()
 
 
+def layers(net):
+    """The module of every matrix, in the order of `matrices`."""
+    modules = {m.weight: m for m in reversed(list(net)) if isinstance(m, TRAINABLE)}
+    return [m for m in reversed(modules.values()) for _ in range(getattr(m, "groups", 1))]
+
+
+def column_channels(module):
+    """The channel of each column of a group's W but the bias."""
+    return [j for j in range(module.weight.shape[1]) for _ in range(module.weight[0, 0].numel())]
+
+
+def blocks(channels, largest, bias):
+    """Which rows of a factor stay together: as few and alike runs of channels as fit ``largest`` rows."""
+    n, of_each = max(channels) + 1, channels.count(0)
+    if len(channels) + bias <= largest:
+        return [slice(0, len(channels) + bias)]
+    most = max(1, (largest - bias) // of_each)
+    width = -(-n // -(-n // most)) * of_each
+    starts = [*range(0, len(channels), width)]
+    stops = [*starts[1:], len(channels) + bias]
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+
 def matrices(net):
     """W (I, C) of every layer, in turn: a group is a layer of its own, and a shared weight one layer."""
     modules = {m.weight: m for m in reversed(list(net)) if isinstance(m, TRAINABLE)}
@@ -80,13 +104,20 @@ def bfgs(H, s, y):
 
 
 class Algorithm2:
-    """KF-QN-CNN for a list of modules and a batch-mean loss; ``history`` None is BFGS, a number L-BFGS."""
+    """KF-QN-CNN for a list of modules and a batch-mean loss; ``history`` None is BFGS, a number L-BFGS.
 
-    def __init__(self, net, loss, lr, damping, beta, mu1, weight_decay, history=None):
+    Of factors with more than ``largest`` rows only blocks are kept.
+    """
+
+    def __init__(self, net, loss, lr, damping, beta, mu1, weight_decay, history=None, largest=None):
         self.net, self.loss, self.history = list(net), loss, history
         self.lr, self.lam, self.beta, self.mu1, self.decay = lr, damping**0.5, beta, mu1, weight_decay
         self.decoupled = 0.0  # lr times a decoupled weight decay
         self.interval, self.steps = 1, 0  # curvature is learnt at every so manyth step
+        largest = largest or sys.maxsize
+        modules = layers(self.net)
+        self.blocks_A = [blocks(column_channels(m), largest, m.bias is not None) for m in modules]
+        self.blocks_G = [blocks([*range(len(W))], largest, False) for W in matrices(self.net)]
         self.W = list(matrices(self.net))
         self.average = [torch.zeros_like(W) for W in self.W]
         self.s_G = [torch.zeros(len(W), dtype=W.dtype) for W in self.W]
@@ -144,8 +175,9 @@ class Algorithm2:
     def start_from(self, inputs):
         """H_A of every layer from its a_t over all data."""
         self.H_A = []
-        for at in inputs:
+        for at, cut in zip(inputs, self.blocks_A, strict=True):
             A = second_moment(at)
+            A = torch.block_diag(*[A[b][:, b] for b in cut])
             self.H_A.append(torch.linalg.inv(A + self.lam * torch.eye(len(A), dtype=A.dtype)))
 
     def step(self, x, target):
@@ -164,25 +196,30 @@ class Algorithm2:
             self.W[i] = (1 - self.decoupled) * self.W[i]
             self.W[i] = self.W[i] - self.lr * self.H_G[i] @ self.average[i] @ self.H_A[i]
         self.steps += 1
-        if (self.steps - 1) % self.interval:
+        k = self.steps - 1
+        if k % min(self.interval, max(1, k // 10)):  # young factors learn more often
             return
         _, h_new, Dh_new = self.pass_over(x, target)
         for i in range(len(self.W)):
             s_A = self.H_A[i] @ a[i].mean((0, 1))
-            y_A = second_moment(a[i]) @ s_A + self.lam * s_A
-            if s_A @ y_A > 0:
-                self.H_A[i] = bfgs(self.H_A[i], s_A, y_A)
+            A = second_moment(a[i])
+            for b in self.blocks_A[i]:
+                y_A = A[b][:, b] @ s_A[b] + self.lam * s_A[b]
+                if s_A[b] @ y_A > 0:
+                    self.H_A[i][b.start : b.stop, b.start : b.stop] = bfgs(self.H_A[i][b][:, b], s_A[b], y_A)
             ds = (h_new[i] - h[i]).mean((0, 1))
             dy = (Dh_new[i] - Dh[i]).mean((0, 1))
             self.s_G[i] = self.beta * self.s_G[i] + (1 - self.beta) * ds
             self.y_G[i] = self.beta * self.y_G[i] + (1 - self.beta) * dy
             Hy = self.H_G[i] @ self.y_G[i]
-            s, y = damped(self.s_G[i], self.y_G[i], Hy, self.mu1, self.lam)
-            if not s @ y > 0:
-                continue
             if self.history is None:
-                self.H_G[i] = bfgs(self.H_G[i], s, y)
-            else:  # eq. (14) over the pairs kept, from I
+                for b in self.blocks_G[i]:
+                    s, y = damped(self.s_G[i][b], self.y_G[i][b], Hy[b], self.mu1, self.lam)
+                    if s @ y > 0:
+                        self.H_G[i][b.start : b.stop, b.start : b.stop] = bfgs(self.H_G[i][b][:, b], s, y)
+                continue
+            s, y = damped(self.s_G[i], self.y_G[i], Hy, self.mu1, self.lam)
+            if s @ y > 0:  # eq. (14) over the pairs kept, from I
                 self.pairs[i] = [*self.pairs[i], (s, y)][-self.history :]
                 self.H_G[i] = torch.eye(len(s), dtype=s.dtype)
                 for pair in self.pairs[i]:

@@ -38,6 +38,26 @@ def test_twenty_steps_of_every_weight(net, method, warm):
         torch.testing.assert_close(got, H_A, rtol=1e-8, atol=1e-8 * H_A.abs().max().item())
 
 
+@pytest.mark.parametrize("largest", [2, 4])  # with 4 some H_G stay whole
+@pytest.mark.parametrize("history", [None, HISTORY])
+@pytest.mark.parametrize("net", NETS)
+def test_twenty_steps_with_factors_in_blocks(net, history, largest):
+    make, shape = NETS[net]
+    model = make()
+    settings = {"lr": 0.5, "damping": 0.3, "beta": 0.8, "mu1": 0.25, "weight_decay": 0.01}
+    reference = oracle.Algorithm2(model, F.cross_entropy, **settings, history=history, largest=largest)
+    method = kfqn.KFBFGS if history is None else kfqn.KFLBFGS
+    optimizer = method(
+        model, **settings, **({"history_size": HISTORY} if history else {}), max_factor_size=largest
+    )
+    for x, target in batches(shape, count=20):
+        reference.step(x, target)
+        optimizer.step(closure(model, optimizer, x, target))
+        for got, W in zip(oracle.matrices(model), reference.W, strict=True):
+            torch.testing.assert_close(got, W, rtol=1e-9, atol=1e-9 * W.abs().max().item())
+    assert any(len(cut) > 1 for cut in reference.blocks_A)
+
+
 def factors(optimizer, key):
     """One square factor of every layer, group by group, in the order of the oracle."""
     states = [state for state in optimizer.state.values() if key in state]

@@ -1,4 +1,4 @@
-"""Curvature at every so manyth step only."""
+"""Curvature at every so manyth step only, after a start with more."""
 
 import copy
 
@@ -13,6 +13,8 @@ from test_doors import backward
 import kfqn
 
 INTERVAL = 3
+LEARNT = [*range(20), *range(20, 30, 2), *range(30, 40, 3)]  # steps with a second pass, of the first 40
+START = 34  # steps before those with the full interval are tried
 
 
 @pytest.fixture(params=TWO_PASS)
@@ -30,7 +32,7 @@ def test_what_is_learnt_is_what_the_oracle_learns_at_those_steps(history):
     method = kfqn.KFBFGS if history is None else kfqn.KFLBFGS
     options = {} if history is None else {"history_size": history}
     optimizer = method(model, **settings, **options, curvature_interval=INTERVAL)
-    for x, target in batches((2, 6, 6), 11):
+    for x, target in batches((2, 6, 6), 45):
         reference.step(x, target)
         train(model, optimizer, [(x, target)])
         for got, W in zip(oracle.matrices(model), reference.W, strict=True):
@@ -38,12 +40,10 @@ def test_what_is_learnt_is_what_the_oracle_learns_at_those_steps(history):
 
 
 def test_other_steps_take_one_pass_and_look_at_nothing(make):
-    model, data = odd_cnn(), batches((2, 6, 6), 8)
+    model, data = odd_cnn(), batches((2, 6, 6), 40)
     optimizer, calls = make(model), []
     for x, target in data:
-        before = [
-            record.clone() for record in (optimizer.state[model[0].weight].get("counts", torch.zeros(6)),)
-        ]
+        before = optimizer.state[model[0].weight].get("counts", torch.zeros(6)).clone()
         calls.append(0)
 
         def evaluate(x=x, target=target):
@@ -51,14 +51,23 @@ def test_other_steps_take_one_pass_and_look_at_nothing(make):
             return closure(model, optimizer, x, target)()
 
         optimizer.step(evaluate)
-        learnt = optimizer.state[model[0].weight]["counts"].sum() - before[0].sum()
+        learnt = optimizer.state[model[0].weight]["counts"].sum() - before.sum()
         assert (learnt > 0) == (calls[-1] == 2)
-    assert calls == [2, 1, 1, 2, 1, 1, 2, 1]
+    assert [k for k, passes in enumerate(calls) if passes == 2] == LEARNT
 
 
-@pytest.mark.parametrize("k", range(5))
+def test_new_factors_learn_at_every_step_again(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 40)
+    optimizer = make(model)
+    train(model, optimizer, data[:35])
+    optimizer.warm_start(x for x, _ in data)
+    train(model, optimizer, data[35:])
+    assert optimizer.diagnostics()["0"]["A taken"] == 5
+
+
+@pytest.mark.parametrize("k", [0, 1, *range(START, START + 4)])
 def test_resuming_is_bit_identical_at_any_step(make, k):
-    data = batches((2, 6, 6), 9)
+    data = batches((2, 6, 6), k + 5)
     model = odd_cnn()
     optimizer = make(model, lr=0.2)
     train(model, optimizer, data[:k])
@@ -74,7 +83,7 @@ def test_a_loop_of_ones_own_is_told_when_a_second_pass_is_due(make):
     model = odd_cnn()
     twin = copy.deepcopy(model)
     optimizer, theirs, due = make(model), make(twin), []
-    for x, target in batches((2, 6, 6), 7):
+    for x, target in batches((2, 6, 6), 40):
         train(model, optimizer, [(x, target)])
         theirs.zero_grad()
         backward(twin, x, target)
@@ -83,20 +92,21 @@ def test_a_loop_of_ones_own_is_told_when_a_second_pass_is_due(make):
         if theirs.second_pass_due:
             with theirs.second_pass():
                 backward(twin, x, target)
-    assert due == [True, False, False, True, False, False, True]
+    assert [k for k, there in enumerate(due) if there] == LEARNT
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
 def test_a_layer_that_joins_between_starts_at_once(make):
-    model, data = odd_cnn(), batches((2, 6, 6), 6)
+    model, data = odd_cnn(), batches((2, 6, 6), 40)
     model[0].requires_grad_(False)
     optimizer = make(model)
-    train(model, optimizer, data[:2])
+    train(model, optimizer, data[:36])
     model[0].requires_grad_(True)
     optimizer.add_param_group({"modules": "0"})
-    train(model, optimizer, data[2:])
+    train(model, optimizer, data[36:])
     assert optimizer.diagnostics()["0"]["steps"] == 4
-    assert optimizer.diagnostics()["0"]["A taken"] == 2  # the first of its group's steps, and the fourth
+    assert optimizer.diagnostics()["0"]["A taken"] == 4  # the first steps of its own group
+    assert optimizer.diagnostics()["2"]["A taken"] == len(LEARNT)
 
 
 def test_a_refused_step_does_not_count(make):

@@ -44,8 +44,8 @@ def second_moment(module, a):
 def test_equation_1_the_layer_is_a_matrix(case):
     module, layer, a = case
     at, T = vectors(module, a)
-    torch.testing.assert_close(layer.patches(a), at, **SAME)
-    assert layer.locations(a) == T
+    torch.testing.assert_close(layer.inputs.patches(a), at, **SAME)
+    assert layer.inputs.locations(a) == T
     torch.testing.assert_close((at @ layer.W().mT).mT, layer.preactivation(module(a)), **SAME)
     assert (*layer.groups, layer.rows, layer.columns) == layer.W().shape
 
@@ -68,7 +68,7 @@ def test_the_gradient_is_a_matrix_and_a_step_moves_every_parameter(case):
 def test_equation_8_and_its_inverse(case):
     module, layer, a = case
     A = second_moment(module, a)
-    torch.testing.assert_close(curvature.second_moment(layer, a), A, **SAME)
+    torch.testing.assert_close(curvature.second_moment(layer.inputs, a), A, **SAME)
     if module.bias is not None:
         assert A[..., -1, -1].flatten()[0] == pytest.approx(vectors(module, a)[0].shape[-2])  # |T|
     inverse = torch.linalg.inv(A + 0.7 * torch.eye(A.shape[-1]))
@@ -78,7 +78,7 @@ def test_equation_8_and_its_inverse(case):
 def test_equation_12_the_mean_activation(case):
     module, layer, a = case
     at, _ = vectors(module, a)
-    torch.testing.assert_close(curvature.mean_activation(layer, a), at.mean((0, -2)), **SAME)
+    torch.testing.assert_close(curvature.mean_activation(layer.inputs, a), at.mean((0, -2)), **SAME)
 
 
 def test_equation_13_needs_no_matrix(case):
@@ -86,9 +86,31 @@ def test_equation_13_needs_no_matrix(case):
     at, _ = vectors(module, a)
     v = torch.randn(*layer.groups, layer.columns)
     products = (at @ v[..., None])[..., 0]
-    torch.testing.assert_close(layer.inner(a, v).reshape(products.shape), products, **SAME)
+    torch.testing.assert_close(layer.inputs.inner(a, v).reshape(products.shape), products, **SAME)
     Av = (second_moment(module, a) @ v[..., None])[..., 0]
-    torch.testing.assert_close(curvature.second_moment_matvec(layer, a, v), Av, **SAME)
+    torch.testing.assert_close(curvature.second_moment_matvec(layer.inputs, a, v), Av, **SAME)
+
+
+@pytest.mark.parametrize("largest", [1, 5, 11])
+def test_blocks_of_the_inputs_have_the_blocks_of_a(case, largest):
+    module, layer, a = case
+    inputs, (at, _), g = layer.inputs.in_blocks(largest), vectors(module, a), len(layer.groups)
+    if layer.columns <= largest or layer.inputs.channels == 1:
+        assert inputs is layer.inputs
+        return
+    assert inputs.columns <= max(largest, inputs.offsets + inputs.homogeneous) < layer.columns
+    V = torch.randn(*layer.groups, 2, layer.columns)
+    torch.testing.assert_close(inputs.join(inputs.split(V)), V, rtol=0, atol=0)
+    A = curvature.second_moment(inputs, a)
+    for n, columns in enumerate(inputs.split(second_moment(module, a)).unbind(g)):
+        block = inputs.split(columns.mT).select(g, n).mT
+        torch.testing.assert_close(A.select(g, n), block, **SAME)
+    mean = curvature.mean_activation(inputs, a)
+    torch.testing.assert_close(mean, inputs.split(at.mean((0, -2))), **SAME)
+    v = inputs.split(torch.randn(*layer.groups, layer.columns))
+    torch.testing.assert_close(
+        curvature.second_moment_matvec(inputs, a, v), (A @ v[..., None])[..., 0], **SAME
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 1])  # without padding a block is a view of the input
@@ -97,7 +119,7 @@ def test_the_second_moment_is_formed_in_blocks(padding, monkeypatch):
     module = nn.Conv2d(2, 3, 3, padding=padding)
     (layer,), a = layers_of(module), torch.randn(5, 2, 4, 4)
     expected = oracle.second_moment(oracle.vectors(module, a)[0])
-    torch.testing.assert_close(curvature.second_moment(layer, a), expected, **SAME)
+    torch.testing.assert_close(curvature.second_moment(layer.inputs, a), expected, **SAME)
 
 
 def test_any_memory_layout_gives_the_same_statistics():
@@ -106,11 +128,11 @@ def test_any_memory_layout_gives_the_same_statistics():
     layouts = [a.to(memory_format=torch.channels_last), a.mT.contiguous().mT, torch.cat((a, a), 1)[:, 3:]]
     for other in layouts:
         assert not other.is_contiguous()
-        torch.testing.assert_close(layer.patches(other), layer.patches(a), **SAME)
+        torch.testing.assert_close(layer.inputs.patches(other), layer.inputs.patches(a), **SAME)
         for statistic in (curvature.mean_activation, curvature.second_moment):
-            torch.testing.assert_close(statistic(layer, other), statistic(layer, a), **SAME)
-        Av = curvature.second_moment_matvec(layer, other, v)
-        torch.testing.assert_close(Av, curvature.second_moment_matvec(layer, a, v), **SAME)
+            torch.testing.assert_close(statistic(layer.inputs, other), statistic(layer.inputs, a), **SAME)
+        Av = curvature.second_moment_matvec(layer.inputs, other, v)
+        torch.testing.assert_close(Av, curvature.second_moment_matvec(layer.inputs, a, v), **SAME)
         h = curvature.mean_preactivation(other.flatten(2))
         torch.testing.assert_close(h, curvature.mean_preactivation(a.flatten(2)), **SAME)
 

@@ -20,6 +20,7 @@ MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 ORDER = [
     "secant",
     "settings",
+    "inputs",
     "layers",
     "rules",
     "curvature",

@@ -78,8 +78,8 @@ def test_lemma_4_and_the_bounds_15(name, phi):
     case, lambda_A = LAYERS[name], 0.5
     (layer,) = layers_of(case())
     a = phi * (2 * torch.rand(3, *case.shape) - 1)  # AS.3
-    A = second_moment(layer, a)
-    T = torch.Size(layer.locations(a)).numel()
+    A = second_moment(layer.inputs, a)
+    T = torch.Size(layer.inputs.locations(a)).numel()
     bound = (layer.fan_in * phi**2 + 1) * T
     assert torch.linalg.eigvalsh(A).max() <= bound
     H_A = torch.linalg.eigvalsh(damped_inverse(A, lambda_A))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, PAPER
+from kfqn.race.entrants import ENTRANTS, FIELD
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
         "--optimizers",
         nargs="+",
         type=entrant,
-        default=[(name, None) for name in PAPER],
+        default=[(name, None) for name in FIELD],
         metavar="NAME[:KEY=VALUE,...]",
         help=f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
-        f"(default: {' '.join(PAPER)}); or any torch optimizer by its dotted name, with its own arguments: "
+        f"(default: {' '.join(FIELD)}); or any torch optimizer by its dotted name, with its own arguments: "
         "torch.optim.RMSprop:lr=1e-3,centered=true",
     )
     race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(command="sweep")
     sweep.add_argument(
-        "--optimizers", nargs="+", choices=ENTRANTS, default=list(PAPER), help=f"default: {' '.join(PAPER)}"
+        "--optimizers", nargs="+", choices=ENTRANTS, default=list(FIELD), help=f"default: {' '.join(FIELD)}"
     )
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
     sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
@@ -168,7 +168,7 @@ def add_search(command: argparse.ArgumentParser, *, by: bool) -> None:
         "--points",
         type=positive,
         metavar="N",
-        help="of a larger grid try only N points, drawn at random and always the same: an equal chance for all",
+        help="of a larger grid try only N points, drawn at random but always the same: equal chances for all",
     )
     command.add_argument(
         "--halving",

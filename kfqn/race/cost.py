@@ -213,14 +213,15 @@ def second_pass_of(sight: Sight) -> None:
 def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
     state, (group,) = optimizer.state[layer.weight], optimizer.param_groups[:1]
     h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    s = optimizer._probe(sight.seen.mean(mean_activation), state)
+    inputs = optimizer._inputs(layer)
+    s = optimizer._probe(sight.seen.mean(partial(mean_activation, inputs)), state)
     optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(sight.seen, s), 1.0), state, group)
     optimizer._learn_G(*averaged_pair(h, Dh, state, group), state, group)
 
 
 @torch.no_grad()
 def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
-    optimizer._take_in("Omega", {layer: sight.seen.sum(second_moment)})
+    optimizer._take_in("Omega", {layer: sight.seen.sum(partial(second_moment, layer.inputs))})
     optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sight.gradient)})
 
 

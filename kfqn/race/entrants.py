@@ -103,7 +103,7 @@ ENTRANTS: Mapping[str, Entrant] = {
     )
 }
 
-PAPER = ("kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # the field of the paper's section 6
+FIELD = ("kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # that of the paper's section 6
 
 
 def entrant_of(name: str) -> Entrant:

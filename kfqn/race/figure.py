@@ -14,7 +14,18 @@ from kfqn.race.entrants import ENTRANTS
 from kfqn.race.runs import atomic_path
 from kfqn.race.summary import Standing, common_target
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#F0E442", "#882255", "#44AA99"]
+COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#555555",
+    "#F0E442",
+    "#882255",
+    "#44AA99",
+]
 DASHES = ["-", "--"]
 SIZE = (10.0, 7.0)  # inches of one block
 

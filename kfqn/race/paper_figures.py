@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from kfqn.race import sweep as sweeping
-from kfqn.race.entrants import ENTRANTS, PAPER, best_settings
+from kfqn.race.entrants import ENTRANTS, FIELD, best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.figure import draw
 from kfqn.race.grids import FIGURE_3_DAMPING, Settings
@@ -164,7 +164,7 @@ def figure(options: argparse.Namespace) -> int:
 def _choices(experiment: Experiment) -> list[Choice]:
     """The optimizers of the figure on a problem, with their settings."""
     options, problem = experiment.options, experiment.problem
-    names = options.optimizers or list(PAPER)
+    names = options.optimizers or list(FIELD)
     if options.number == 3:
         return _dampings(experiment)
     if options.number == 4:

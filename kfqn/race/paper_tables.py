@@ -13,7 +13,7 @@ import kfqn
 from kfqn.closures import Closure
 from kfqn.race import sweep as sweeping
 from kfqn.race.cost import COLUMNS, PHASES, Cost, Shape, computation, shape, sights, storage
-from kfqn.race.entrants import ENTRANTS, PAPER
+from kfqn.race.entrants import ENTRANTS, FIELD
 from kfqn.race.grids import TABLE_3, Settings, in_print
 from kfqn.race.paper_figures import experiments
 from kfqn.race.problems import PROBLEMS, Problem
@@ -54,7 +54,7 @@ def table(options: argparse.Namespace) -> int:
     """``kfqn table``."""
     if options.number == 3:
         return best_values(options)
-    console, names = terminal(), options.optimizers or list(PAPER)
+    console, names = terminal(), options.optimizers or list(FIELD)
     check_device(options.device)
     for problem in (PROBLEMS[name] for name in options.problem or ["cifar10-allcnn", "cifar10-vgg16"]):
         batch = 2 if options.number == 1 else options.batch_size
@@ -157,7 +157,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def best_values(options: argparse.Namespace) -> int:
     """Table 3: the best settings of a sweep here beside those the paper found, in its convention."""
     problems = [PROBLEMS[name] for name in options.problem or TABLE_3]
-    names = options.optimizers or list(PAPER)
+    names = options.optimizers or list(FIELD)
     of_all = experiments(options, problems)
     for experiment in of_all:
         search_of(options, experiment.scale, PAPER.loss)

@@ -24,18 +24,19 @@ def adamw(model: "nn.Module", settings: Settings, _: float) -> "Optimizer":
 
 def soap(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
     """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo, renewed at every tenth step."""
-    return _of("pytorch_optimizer", "SOAP")(
+    optimizer: Optimizer = _of("pytorch_optimizer", "SOAP")(
         model.parameters(),
         lr=settings["lr"],
         betas=(settings["beta"], settings["beta"]),
         weight_decay=weight_decay,
         precondition_frequency=int(settings.get("interval", 10)),
     )
+    return optimizer
 
 
 def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
-    """Shampoo (Gupta et al. 2018; Anil et al. 2020), grafted to SGD, its roots renewed at every tenth step."""
-    return _of("pytorch_optimizer", "ScalableShampoo")(
+    """Shampoo (Gupta et al. 2018; Anil et al. 2020), grafted to SGD, its roots new at every tenth step."""
+    optimizer: Optimizer = _of("pytorch_optimizer", "ScalableShampoo")(
         model.parameters(),
         lr=settings["lr"],
         weight_decay=weight_decay,
@@ -43,6 +44,7 @@ def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Opt
         start_preconditioning_step=10,
         preconditioning_compute_steps=int(settings.get("interval", 10)),
     )
+    return optimizer
 
 
 def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
@@ -51,7 +53,7 @@ def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
     hidden = matrices[:-1]
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
     groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
-    return _of("pytorch_optimizer", "Muon")(
+    optimizer: Optimizer = _of("pytorch_optimizer", "Muon")(
         groups,
         lr=settings["lr"],
         adamw_lr=settings["adam"],
@@ -59,6 +61,7 @@ def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
         adamw_wd=weight_decay,
         weight_decouple=False,
     )
+    return optimizer
 
 
 def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
@@ -68,7 +71,7 @@ def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optim
     left = [m for m in model.modules() if not isinstance(m, nn.Linear | nn.Conv2d)]
     if any(p.requires_grad for m in left for p in m.parameters(recurse=False)):
         raise Failure("singd leaves parameters of this problem's model untrained: race others on it.")
-    return _of("singd.optim.optimizer", "SINGD")(
+    optimizer: Optimizer = _of("singd.optim.optimizer", "SINGD")(
         model,
         lr=settings["lr"],
         lr_cov=settings["lr_cov"],
@@ -76,9 +79,10 @@ def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optim
         weight_decay=weight_decay,
         normalize_lr_cov=True,
     )
+    return optimizer
 
 
-def by_dotted_name(path: str) -> type["Optimizer"]:
+def by_dotted_name(path: str) -> "type[Optimizer]":
     """The class of this dotted name; Failure if it cannot be imported or is no torch optimizer."""
     import torch
 
@@ -120,4 +124,6 @@ def _of(module: str, name: str) -> Any:
             ) from error
         raise Failure(f"{module} cannot be imported ({error}): give the class's dotted name.") from error
     except (AttributeError, ValueError) as error:
-        raise Failure(f"{module or 'the empty module'} has no {name}: give the class's dotted name.") from error
+        raise Failure(
+            f"{module or 'the empty module'} has no {name}: give the class's dotted name."
+        ) from error

@@ -30,7 +30,8 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
         console=console,
     )
     tasks = {
-        name: progress.add_task(entrant_of(name).label, total=len(of), state="") for name, of in groups.items()
+        name: progress.add_task(entrant_of(name).label, total=len(of), state="")
+        for name, of in groups.items()
     }
     ended: dict[Path, State] = {}
     news = False  # runs that had ended before are none

@@ -1,0 +1,257 @@
+"""A layer's input as the vectors a_t that its matrix W acts on, without storing them.
+
+For a batch of m data the input becomes vectors a_t(n) of length C, one for every datum n and location
+t ∈ T: C = J|Δ| for J channels and |Δ| filter offsets, plus one for the homogeneous coordinate if there is
+a bias. The two products with all a_t that the methods need (`inner`, `weighted_sum`) cost
+about as much as reading the input. Only `patches` writes them out.
+
+Several such problems may stand side by side, each with its own channels: the groups of a convolution,
+and the blocks that one A is cut into (`in_blocks`). Shapes start with ``groups``, below *g, which is ()
+for most layers.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@final
+@dataclass(frozen=True)
+class Blocks:
+    """``total`` entries cut into pieces of ``size``, the last one filled up with zeros."""
+
+    total: int
+    size: int
+
+    @classmethod
+    def of_at_most(cls, largest: int, total: int) -> "Blocks":
+        """As few pieces as there can be, and those alike."""
+        return cls(total, math.ceil(total / math.ceil(total / largest)))
+
+    @property
+    def count(self) -> int:
+        """How many pieces."""
+        return math.ceil(self.total / self.size)
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """Dimension ``dim`` < 0 as two, (count, size)."""
+        pieces: Tensor = self.filled(x, dim).unflatten(dim, (self.count, self.size))
+        return pieces
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse of `split`: dimensions ``dim`` − 1 and ``dim`` as one."""
+        joined: Tensor = x.flatten(dim - 1, dim)
+        return joined.narrow(dim, 0, self.total)
+
+    def filled(self, x: Tensor, dim: int) -> Tensor:
+        """With the zeros that the last piece lacks."""
+        lacking = self.count * self.size - self.total
+        return F.pad(x, [0] * 2 * (-dim - 1) + [0, lacking]) if lacking else x
+
+
+class Inputs(ABC):
+    """How the input of a layer with ``channels`` = J becomes vectors a_t (*g, C).
+
+    ``offsets`` is |Δ|; ``homogeneous`` says whether there is a bias, whose coordinate comes last.
+    """
+
+    def __init__(self, groups: tuple[int, ...], channels: int, offsets: int, homogeneous: bool) -> None:
+        self.groups, self.channels, self.offsets, self.homogeneous = groups, channels, offsets, homogeneous
+        self.blocks: Blocks | None = None  # of the channels of a group
+
+    @property
+    def columns(self) -> int:
+        """C of one problem."""
+        return self.channels * self.offsets + self.homogeneous
+
+    def in_blocks(self, largest: int | None) -> Self:
+        """The same input as several side by side, so that no A has more than ``largest`` columns.
+
+        Their A are diagonal blocks of the whole: channels that are neighbours stay together, each with
+        all its offsets (a single channel is never cut). The homogeneous coordinate belongs to the last
+        block, and is 0 in the others.
+        """
+        if largest is None or self.columns <= largest or self.channels == 1:
+            return self
+        most = max(1, (largest - self.homogeneous) // self.offsets)
+        part = copy.copy(self)
+        part.blocks = Blocks.of_at_most(most, self.channels)
+        part.groups, part.channels = (*self.groups, part.blocks.count), part.blocks.size
+        return part
+
+    def split(self, V: Tensor) -> Tensor:
+        """(*g, C) or (*g, I, C) of the whole as (*g, b, C) or (*g, b, I, C) of the blocks."""
+        if self.blocks is None:
+            return V
+        fan_in = Blocks(self.blocks.total * self.offsets, self.blocks.size * self.offsets)
+        parts = fan_in.split(V[..., : fan_in.total], -1)
+        if self.homogeneous:
+            ones = self._in_last(V.new_ones(self.blocks.count))[:, None]
+            parts = torch.cat((parts, V[..., None, -1:] * ones), dim=-1)
+        return parts.movedim(-2, len(self.groups) - 1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.blocks is None:
+            return parts
+        parts = parts.movedim(len(self.groups) - 1, -2)
+        fan_in = Blocks(self.blocks.total * self.offsets, self.blocks.size * self.offsets)
+        V = fan_in.join(parts[..., : fan_in.size], -1)
+        return torch.cat((V, parts[..., -1, -1:]), dim=-1) if self.homogeneous else V
+
+    def _in_last(self, x: Tensor) -> Tensor:
+        """``x`` (*g), but 0 in the blocks that the homogeneous coordinate does not belong to."""
+        if self.blocks is None:
+            return x
+        return torch.cat((torch.zeros_like(x[..., :-1]), x[..., -1:]), dim=-1)
+
+    @abstractmethod
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        """The shape of T for an input of this size; () where |T| = 1 by nature."""
+
+    @abstractmethod
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        """a_t(n)ᵀ v for every n and t, (m, *g, *T), for ``v`` of shape (*g, C)."""
+
+    @abstractmethod
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        """Σ_n Σ_t u_t(n) a_t(n), (*g, C), for weights ``u`` of shape (m, *g, *T): the adjoint of `inner`."""
+
+    @abstractmethod
+    def patches(self, a: Tensor) -> Tensor:
+        """The vectors a_t(n) themselves, (m, *g, |T|, C)."""
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        """(m, *g, |T|, J|Δ|) with the homogeneous coordinate."""
+        if not self.homogeneous:
+            return rows
+        ones = self._in_last(rows.new_ones(self.groups))[..., None, None].expand(*rows.shape[:-1], 1)
+        return torch.cat((rows, ones), dim=-1)
+
+    def _with_sum(self, sums: Tensor, u: Tensor) -> Tensor:
+        """(*g, J|Δ|) with the homogeneous coordinate, the sum of the weights."""
+        if not self.homogeneous:
+            return sums
+        g = len(self.groups)
+        total = u.flatten(1 + g).sum((0, -1)) if u.ndim > 1 + g else u.sum(0)
+        return torch.cat((sums, self._in_last(total)[..., None]), dim=-1)
+
+
+@final
+class LinearInputs(Inputs):
+    """Those of `torch.nn.Linear`, (m, *T, J): dimensions between are locations."""
+
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        return tuple(a.shape[1:-1])
+
+    def _by_block(self, a: Tensor) -> Tensor:
+        """(*g, m|T|, J)."""
+        a = a.flatten(0, -2)
+        return a if self.blocks is None else self.blocks.split(a, -1).movedim(-2, 0)
+
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        products = (self._by_block(a) @ v[..., : self.channels, None])[..., 0]  # (*g, m|T|)
+        if self.homogeneous:
+            products = products + self._in_last(v[..., -1])[..., None]
+        by_location: Tensor = products.unflatten(-1, a.shape[:-1])
+        return by_location.movedim(0, 1) if self.groups else by_location
+
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        weights = u.movedim(1, 0).flatten(1) if self.groups else u.flatten()
+        sums = (weights[..., None, :] @ self._by_block(a))[..., 0, :]
+        return self._with_sum(sums, u)
+
+    def patches(self, a: Tensor) -> Tensor:
+        rows = self._by_block(a).unflatten(-2, (len(a), -1))
+        return self._with_ones(rows.movedim(0, 1) if self.groups else rows)
+
+
+@final
+class ConvolutionInputs(Inputs):
+    """Those of `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, images (m, channels, *size).
+
+    No a_t is written out for the products: the channels are mixed first, with one product of
+    size |Δ| × J, which leaves one map z_k per offset δ_k of the filter, and the a_t are then met
+    through windows of those maps.
+    """
+
+    def __init__(self, module: Convolution, homogeneous: bool) -> None:
+        groups = (module.groups,) if module.groups > 1 else ()
+        self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
+        self.pad = list(_pad(module))
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        super().__init__(groups, module.in_channels // module.groups, math.prod(self.kernel), homogeneous)
+
+    def locations(self, a: Tensor) -> tuple[int, ...]:
+        sizes = zip(_padded_size(a, self.pad), self.kernel, self.stride, self.dilation, strict=True)
+        return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pad, self.mode) if any(self.pad) else x
+
+    def _windows(self, z: Tensor, T: tuple[int, ...]) -> Tensor:
+        """A view (n, *Δ, *T) of the maps z (n, *Δ, *padded): z_k where offset δ_k meets it at t."""
+        maps, steps = z.stride()[1 : 1 + len(T)], z.stride()[1 + len(T) :]
+        along_T = (s * step for s, step in zip(self.stride, steps, strict=True))
+        diagonal = (m + d * step for m, d, step in zip(maps, self.dilation, steps, strict=True))
+        return z.as_strided((len(z), *self.kernel, *T), (z.stride(0), *diagonal, *along_T))
+
+    def _by_group(self, a: Tensor) -> Tensor:
+        """The images of each group, (m, *g, J, locations)."""
+        a = a.flatten(2)
+        if self.blocks is not None:
+            a = a.unflatten(1, (*self.groups[:-1], -1))
+            a = self.blocks.filled(a, -2).flatten(1, -2)
+        images: Tensor = a.unflatten(1, (*self.groups, -1))
+        return images
+
+    def inner(self, a: Tensor, v: Tensor) -> Tensor:
+        T = self.locations(a)
+        filters = v[..., : self.channels * self.offsets].unflatten(-1, (-1, self.offsets)).mT
+        z = (filters @ self._by_group(a)).unflatten(-1, a.shape[2:])  # (m, *g, |Δ|, *size)
+        z = self._padded(z.flatten(0, len(self.groups))).unflatten(1, self.kernel)
+        u: Tensor = self._windows(z, T).flatten(1, len(T)).sum(1).unflatten(0, (-1, *self.groups))
+        return u + self._in_last(v[..., -1])[(..., *[None] * len(T))] if self.homogeneous else u
+
+    def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
+        T, g = self.locations(a), len(self.groups)
+        z = u.new_zeros(math.prod(u.shape[: 1 + g]), *self.kernel, *_padded_size(a, self.pad))
+        self._windows(z, T).copy_(u.reshape(len(z), *[1] * len(T), *T))
+        if self.mode == "constant":
+            z = F.pad(z, [-p for p in self.pad]) if any(self.pad) else z  # padding counts for nothing
+        else:
+            a = self._padded(a)
+        z = z.flatten(1, len(T)).flatten(2).unflatten(0, (-1, *self.groups))  # (m, *g, |Δ|, locations)
+        return self._with_sum((z @ self._by_group(a).mT).sum(0).mT.flatten(-2), u)
+
+    def patches(self, a: Tensor) -> Tensor:
+        T, a = self.locations(a), self._padded(a)
+        size = a.shape[2:]
+        images = self._by_group(a).reshape(-1, *[1] * len(T), *size).expand(-1, *self.kernel, *size)
+        windows = self._windows(images, T).reshape(len(a), *self.groups, -1, math.prod(T))
+        return self._with_ones(windows.mT)
+
+
+def _padded_size(a: Tensor, pad: Sequence[int]) -> list[int]:
+    return [n + pad[-2 * i - 1] + pad[-2 * i - 2] for i, n in enumerate(a.shape[2:])]
+
+
+def _pad(module: Convolution) -> Iterator[int]:
+    """The module's padding in the order of `torch.nn.functional.pad`: last dimension first."""
+    for i in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[i] * (module.kernel_size[i] - 1)
+            yield from (total // 2, total - total // 2)
+        elif module.padding == "valid":
+            yield from (0, 0)
+        else:
+            yield from (int(module.padding[i]),) * 2
