@@ -207,7 +207,8 @@ class FactoredOptimizer(LayeredOptimizer):
         """Which of the layers have no state to step with, in any process."""
         wanted = [*layers]
         ready = [
-            self.state.get(w, {}).get("step", _EMPTY) != _EMPTY for w in (layer.weight for layer in wanted)
+            float(self.state.get(w, {}).get("step", _EMPTY)) != _EMPTY
+            for w in (layer.weight for layer in wanted)
         ]
         if self._shard and wanted:
             ready = self._ranks.any(torch.tensor(ready)).tolist()

@@ -154,8 +154,9 @@ class KroneckerOptimizer(FactoredOptimizer):
         if not self._finite(loss, gradients):
             return None
         self._start_from(self._missing(gradients), seen, closure)
-        self._update(gradients, seen, closure)
-        return {layer: seen[layer] for layer in gradients if layer in seen}
+        layers = [*gradients]
+        self._update(layers, gradients, seen, closure)
+        return {layer: seen[layer] for layer in layers if layer in seen}
 
     def _gradients(self, seen: LayersSeen) -> dict[Layer, Tensor]:
         """DW of every layer that got a gradient, L2 included."""
@@ -194,20 +195,26 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
         return False
 
-    def _update(self, gradients: Mapping[Layer, Tensor], seen: LayersSeen, closure: Any) -> None:
-        """Move every parameter; a layer whose factors turn out to be broken starts anew first."""
+    def _update(
+        self, layers: Sequence[Layer], gradients: dict[Layer, Tensor], seen: LayersSeen, closure: Any
+    ) -> None:
+        """Move every parameter; a layer whose factors turn out to be broken starts anew first.
+
+        ``gradients`` is emptied, so that what has been averaged takes no memory any more.
+        """
         averages = {
-            layer: self._average(DW, self.state[layer.weight], self._group(layer))
-            for layer, DW in gradients.items()
+            layer: self._average(gradients.pop(layer), self.state[layer.weight], self._group(layer))
+            for layer in layers
             if self._owns(layer)
         }
-        moves = self._moves(gradients, averages)
+        gradients.clear()
+        moves = self._moves(layers, averages)
         broken = [layer for layer, move in moves.items() if not move.sound]
         if broken:
             self._reset(broken, seen, closure)
             moves |= self._moves(broken, averages)
         for group in self._own_groups():
-            group["k"] += bool(gradients)
+            group["k"] += bool(layers)
             self._apply({layer: move for layer, move in moves.items() if self._group(layer) is group}, group)
         if self._others is not None:
             self._others.step()

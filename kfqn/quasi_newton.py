@@ -114,7 +114,8 @@ class KFBFGS(KFQN):
             the paper's grid train (`docs/results.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
-            gaps that grow by one every ten steps. 1 is the paper's method to the letter.
+            gaps that grow by one every ten steps. 1 is the paper's method to the letter; 10 costs little
+            more than one pass a step and loses nothing per epoch (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole.
         groups: settings for some modules, each as for `add_param_group`.
@@ -144,7 +145,7 @@ class KFBFGS(KFQN):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
-        curvature_interval: int = 1,
+        curvature_interval: int = 10,
         max_factor_size: int | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
@@ -213,7 +214,7 @@ class KFLBFGS(KFQN):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
-        curvature_interval: int = 1,
+        curvature_interval: int = 10,
         max_factor_size: int | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,

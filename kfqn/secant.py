@@ -67,8 +67,12 @@ def lbfgs_matmul(S: Tensor, Y: Tensor, V: Tensor) -> Tensor:
 
     The compact representation (Byrd, Nocedal and Schnabel 1994, theorem 2.2, γ = 1), as
     section 3.4 asks, because V is a matrix. ``S`` and ``Y`` (*g, p, n) as `lbfgs_push_` keeps
-    them, ``V`` (*g, n, c); O(pnc + p²c) operations.
+    them, ``V`` (*g, n, c); O(pnc + p²c) operations, or O(pn² + p²n + n²c) where it pays to form H.
     """
+    p, n, c = *S.shape[-2:], V.shape[-1]
+    if c > n and n * (4 * p + c) < 4 * p * c:
+        eye = torch.eye(n, dtype=V.dtype, device=V.device).expand(*V.shape[:-2], n, n)
+        return lbfgs_matmul(S, Y, eye) @ V
     SY = S @ Y.mT
     diagonal = SY.diagonal(dim1=-2, dim2=-1)
     D = torch.where(diagonal > 0, diagonal, 1.0)

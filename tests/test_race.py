@@ -281,14 +281,14 @@ def test_wrong_use_from_the_command_line(tmp_path):
     one_line(kfqn("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr"),
-        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=..., got 'lr'",
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=..., got 'lr'",
     )
     one_line(kfqn("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
     one_line(kfqn("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
     one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=..., got 'lr=1,lr=2'")
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr=1"),
-        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=..., got 'lr=1'",
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=..., got 'lr=1'",
     )
     one_line(
         kfqn("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),

@@ -129,7 +129,7 @@ def add_paper(command: argparse.ArgumentParser) -> None:
         help="default: those the paper shows there",
     )
     command.add_argument(
-        "--optimizers", nargs="+", choices=ENTRANTS, help="default: those the paper shows there"
+        "--optimizers", nargs="+", choices=FIELD, help="default: those the paper shows there"
     )
     command.add_argument(
         "--out", type=Path, help="output folder, which holds one folder a problem (default: runs)"

@@ -44,14 +44,19 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
 
 
 def _two_pass(settings: Settings) -> dict[str, Any]:
-    """Settings as arguments; ``interval`` is the race's short name of ``curvature_interval``."""
-    interval = float(settings.get("interval", 1.0))
+    """Settings as arguments; ``interval`` and ``largest`` are short for two. Without, it is the paper's."""
     return {
         "lr": settings["lr"],
         "damping": settings["damping"],
         "clip": settings.get("clip"),
-        "curvature_interval": int(interval) if interval.is_integer() else interval,
+        "curvature_interval": _whole(settings.get("interval", 1)),
+        "max_factor_size": _whole(settings.get("largest")),
     }
+
+
+def _whole(value: float | None) -> Any:
+    """A number from the command line as an integer if it is one; the optimizer refuses others."""
+    return int(value) if value is not None and float(value).is_integer() else value
 
 
 def _kfac(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
@@ -87,11 +92,13 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
     )
 
 
+_OPTIONS = ("clip", "interval", "largest")
+
 ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
-        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), ("clip", "interval")),
-        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), ("clip", "interval")),
+        Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), _OPTIONS),
+        Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), _OPTIONS),
         Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
         Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
         Entrant("sgd", "SGD-m", _sgd, ("lr",)),
