@@ -38,7 +38,7 @@ $(VENV)/installed-race: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt -e '.[race]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed-race
+$(VENV)/installed-dev: $(VENV)/installed-peers
 	$(PIP) -c constraints.txt --group dev
 	touch $@
 

@@ -7,7 +7,7 @@ from lab import config, kfqn, one_line, write_toy_cifar
 
 from kfqn.race.cli import parser
 from kfqn.race.cost import COLUMNS
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import ENTRANTS, FIELD
 from kfqn.race.paper_figures import paper_scale
 from kfqn.race.paper_tables import COMPUTATION, STORAGE
 from kfqn.race.problems import PROBLEMS
@@ -15,7 +15,7 @@ from kfqn.race.runs import Run
 from kfqn.race.train import train
 
 TOY = ["--width", 2, "--train-size", 256, "--eval-size", 10, "--epochs", 1, "--jobs", 1]
-LABELS = [entrant.label for entrant in ENTRANTS.values()]
+LABELS = [ENTRANTS[name].label for name in FIELD]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,8 @@ def test_tables_1_and_2_print_orders_and_measurements(number, orders):
     result = kfqn("table", number, "--problem", "cifar10-allcnn", "--width", 2, "--batch-size", 4)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    for name, entrant in ENTRANTS.items():
+    for name in FIELD:
+        entrant = ENTRANTS[name]
         (line,) = (line for line in lines if line.split("  ")[0] == entrant.label)
         for order in orders[name].values():
             assert f"O({order})" in line
@@ -109,7 +110,7 @@ def test_the_bytes_of_table_1_are_those_of_the_state():
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2, bias=False))
     closure = package.closure(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), F.cross_entropy)
-    costs = {cost.entrant: cost.bytes for cost in storage(model, list(ENTRANTS), closure)}
+    costs = {cost.entrant: cost.bytes for cost in storage(model, list(FIELD), closure)}
     C, I = (4, 5), (5, 2)  # noqa: E741
     for n in range(2):
         parameters = 4 * C[n] * I[n]

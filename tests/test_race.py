@@ -52,7 +52,7 @@ def test_all_five_train_resnet20_with_the_settings_of_the_package(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "CIFAR-10, ResNet-20 of width 2" in result.stdout
     runs = [Run(folder) for folder in (tmp_path / "runs").iterdir()]
-    assert {run.config.entrant for run in runs} == {*entrants.ENTRANTS}
+    assert {run.config.entrant for run in runs} == {*entrants.FIELD}
     for run in runs:
         name, (first, second) = run.config.entrant, run.epochs()
         assert run.config.settings == entrants.best_settings("cifar10-resnet20", name, Path("none"))[0]
@@ -105,7 +105,8 @@ def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
 
 @pytest.mark.parametrize("entrant", entrants.ENTRANTS)
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, tmp_path, monkeypatch):
-    settings = {key: values[len(values) // 2] for key, values in grids.DIGITS[entrant].items()}
+    grid = grids.grid("digits", entrant)
+    settings = grid[len(grid) // 2]
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
     assert whole.end()["status"] == "finished"
@@ -281,14 +282,14 @@ def test_wrong_use_from_the_command_line(tmp_path):
     one_line(kfqn("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr"),
-        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=..., got 'lr'",
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=...,warm=..., got 'lr'",
     )
     one_line(kfqn("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
     one_line(kfqn("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
     one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=..., got 'lr=1,lr=2'")
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr=1"),
-        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=..., got 'lr=1'",
+        "kfbfgs takes lr=...,damping=... and, if you like, clip=...,interval=...,largest=...,warm=..., got 'lr=1'",
     )
     one_line(
         kfqn("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),

@@ -31,12 +31,13 @@ def test_the_ranges_of_appendix_b2():
     assert grids.PRINTED["adam"]["lr"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
     assert grids.PRINTED["adam"]["eps"] == (1e-12, 1e-8, 1e-4, 0.01, 0.1)
     assert grids.PRINTED["sgd"] == {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1)}
-    assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.ENTRANTS)
+    assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.FIELD)
 
 
 def test_problems_that_are_not_the_papers_have_ranges_in_torchs_convention():
     assert set(grids.OURS) == set(problems.PROBLEMS) - set(grids.TABLE_3)
-    assert all(set(ranges) == set(entrants.ENTRANTS) for ranges in grids.OURS.values())
+    assert all(set(ranges) == set(entrants.FIELD) for ranges in grids.OURS.values())
+    assert set(grids.PEERS) == set(entrants.ENTRANTS) - set(entrants.FIELD)
     rates = [point["lr"] for point in grids.grid("cifar10-resnet20", "sgd")]
     assert min(rates) < 0.1 < max(rates)  # what He et al. (2016) took
     assert not any("beta2" in point for point in grids.grid("cifar10-resnet20", "adam"))
@@ -258,7 +259,7 @@ def test_the_committed_settings_are_the_best_of_the_committed_grid():
     assert set(sweeps) == set(grids.OURS)
     for name, entries in sweeps.items():
         problem, whole = problems.PROBLEMS[name], name == "digits"
-        assert set(entries) == set(entrants.ENTRANTS)
+        assert set(entries) == set(entrants.ENTRANTS if whole else entrants.FIELD)
         for entrant, entry in entries.items():
             for key in ("batch_size", "weight_decay", *(("width", "epochs") if whole else ())):
                 assert entry["scale"][key] == getattr(problem, key)

@@ -92,7 +92,7 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
     )
 
 
-_OPTIONS = ("clip", "interval", "largest")
+_OPTIONS = ("clip", "interval", "largest", "warm")  # the last is the trainer's
 
 ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant

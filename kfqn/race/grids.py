@@ -66,9 +66,11 @@ _DIGITS_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10
 
 SETTINGS = ("lr", "damping", "eps", "decay", "beta", "adam", "lr_cov")  # what the grids range over
 
+_THRIFTY = {"interval": (10.0,), "warm": (0.0,)}  # as the optimizers do by default, and nothing untimed
+
 DIGITS: dict[str, Grid] = {
-    "kfbfgs": _DIGITS_SECOND_ORDER,
-    "kflbfgs": _DIGITS_SECOND_ORDER,
+    "kfbfgs": {**_DIGITS_SECOND_ORDER, **_THRIFTY},
+    "kflbfgs": {**_DIGITS_SECOND_ORDER, **_THRIFTY},
     "kfac": _DIGITS_SECOND_ORDER,
     "sgd": {"lr": tuple(float(f"{0.003 * 100 ** (k / 19):.2g}") for k in range(20))},
     "adam": {"lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "eps": (1e-8, 1e-6, 1e-4, 1e-2)},

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import functools
 import inspect
+import itertools
 import math
 import platform
 import subprocess
@@ -138,11 +139,18 @@ class Trainer:
             self.run.write(records)
 
     def warm_start(self, optimizer: KroneckerOptimizer) -> None:
-        """Start from one epoch of augmented batches, as the authors did: those of the first epoch."""
+        """Start from one epoch of augmented batches, as the authors did: those of the first epoch.
+
+        With the setting ``warm`` from so many of them; with 0 the first step starts by itself, timed.
+        """
+        few = self.config.settings.get("warm")
+        if few == 0:
+            return
         generator = torch.Generator().manual_seed(self.config.seed)
         start = time.perf_counter()
         batches = self.data.training_batches(self.config.batch_size, generator)
-        optimizer.warm_start(self.closure(x, y) for x, y in batches)
+        first = itertools.islice(batches, None if few is None else int(few))
+        optimizer.warm_start(self.closure(x, y) for x, y in first)
         self.warm_start_seconds = time.perf_counter() - start
 
     def train_epoch(self, epoch: int) -> None:
