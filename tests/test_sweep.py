@@ -55,6 +55,14 @@ def test_table_3_lies_on_the_printed_ranges(problem):
         assert source == "the paper's Table 3"
 
 
+def test_everybody_can_get_as_many_points():
+    for name in entrants.ENTRANTS:
+        whole, some = (grids.grid("cifar100-vgg16", name, most=most) for most in (None, 12))
+        assert len(some) == min(12, len(whole))
+        assert all(point in whole for point in some)
+        assert some == grids.grid("cifar100-vgg16", name, most=12)
+
+
 def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
     for name in grids.PRINTED:
         whole, coarse = (grids.grid("cifar100-vgg16", name, thinned) for thinned in ((), grids.SETTINGS))

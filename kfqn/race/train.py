@@ -243,8 +243,12 @@ class Trainer:
             torch.save(state, partial)
 
     def load(self) -> None:
-        """Go back to the last checkpoint; later epochs are done again."""
-        state = torch.load(self.run.checkpoint, map_location="cpu", weights_only=True)
+        """Go back to the last checkpoint; later epochs are done again.
+
+        Some optimizers of other packages keep objects of their own in their state, which only they can read.
+        """
+        ours = type(self.optimizer).__module__.split(".")[0] in ("torch", "kfqn")
+        state = torch.load(self.run.checkpoint, map_location="cpu", weights_only=ours)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
