@@ -47,8 +47,9 @@ class Digits(lightning.LightningModule):
         if self.by_hand:
             loss = self.look()
             optimizer.step()
-            with optimizer.second_pass():
-                self.look()
+            if optimizer.second_pass_due:
+                with optimizer.second_pass():
+                    self.look()
         else:
             loss = optimizer.step(self.look)
         self.losses.append(loss)

@@ -17,18 +17,19 @@ import kfqn
 
 
 def step_with_closure(model, optimizer, x, y):
-    """The optimizer calls the closure twice: before the step and after it."""
+    """The optimizer calls the closure before the step and, where it learns curvature, after it."""
     return optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
 
 
 def step_by_hand(model, optimizer, x, y):
-    """The usual three lines, then the same batch once more, of which curvature is learnt."""
+    """The usual three lines, then at some steps the same batch once more, of which curvature is learnt."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     optimizer.step()
-    with optimizer.second_pass():
-        F.cross_entropy(model(x), y).backward()
+    if optimizer.second_pass_due:
+        with optimizer.second_pass():
+            F.cross_entropy(model(x), y).backward()
     return loss
 
 

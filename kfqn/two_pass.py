@@ -207,8 +207,9 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
-            with optimizer.second_pass():
-                F.cross_entropy(model(x), y).backward()
+            if optimizer.second_pass_due:
+                with optimizer.second_pass():
+                    F.cross_entropy(model(x), y).backward()
 
         The pass leaves no trace in the model (`kfqn.second_pass`); dropout draws the masks of the first.
         Micro-batches are run again in the same order. ``loss_scale`` is the factor that both passes'
