@@ -213,9 +213,10 @@ def second_pass_of(sight: Sight) -> None:
 def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
     state, (group,) = optimizer.state[layer.weight], optimizer.param_groups[:1]
     h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    inputs = optimizer._inputs(layer)
+    inputs, seen = optimizer._inputs(layer), Seen(layer)
+    seen.uses = sight.seen.uses
     s = optimizer._probe(sight.seen.mean(partial(mean_activation, inputs)), state)
-    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(sight.seen, s), 1.0), state, group)
+    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(seen, s), 1.0), state, group)
     optimizer._learn_G(*averaged_pair(h, Dh, state, group), state, group)
 
 
