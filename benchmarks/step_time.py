@@ -8,7 +8,7 @@ step, at its peak, and what the state holds afterwards.
 Curvature is learnt at some steps only, so KF-BFGS is here twice: at a step with a second pass, and at one
 without. With curvature_interval=k the price is the mean of one of the first kind and k - 1 of the second.
 
-    python benchmarks/step_time.py [--problems allcnn vgg16 resnet20] [--rounds 11] [--threads 2]
+    python benchmarks/step_time.py [--problems allcnn vgg16 resnet20] [--rounds 5] [--threads 2]
 """
 
 import argparse
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
