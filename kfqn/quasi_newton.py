@@ -115,7 +115,7 @@ class KFBFGS(KFQN):
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
             gaps that grow by one every ten steps. 1 is the paper's method to the letter; 10 costs little
-            more than one pass a step and loses nothing per epoch (`benchmarks/README.md`).
+            more than one pass a step and ends no worse where both were raced (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole.
         groups: settings for some modules, each as for `add_param_group`.

@@ -148,13 +148,14 @@ def test_any_torch_optimizer_races_by_its_dotted_name(tmp_path):
     assert trainer.optimizer.defaults["weight_decay"] == run.config.weight_decay
 
 
-def test_a_dotted_name_that_is_no_optimizer_is_refused_before_anything_runs(tmp_path):
+def test_what_cannot_be_built_is_refused_before_anything_runs(tmp_path):
     for text, why in {
         "torch.optim.Nadam": "has no Nadam",
         "torch.nn.Linear": "is no torch.optim.Optimizer",
         "nowhere.Adam": "cannot be imported",
         "torch.optim.SGD:lr=0.1,betas=3": "cannot be built with",
         "torch.optim.SGD:lr=-1": "Invalid learning rate",
+        "kfbfgs:lr=1,damping=1,warm=-1": "warm must be a whole number of batches >= 0, got -1",
         "torch.optim.SGD:lr=high": "lr must be a number, true or false, got 'high'",
     }.items():
         one_line(kfqn("race", "--optimizers", text, "--out", tmp_path), why)

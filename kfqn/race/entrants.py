@@ -45,6 +45,9 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
 
 def _two_pass(settings: Settings) -> dict[str, Any]:
     """Settings as arguments; ``interval`` and ``largest`` are short for two. Without, it is the paper's."""
+    warm = settings.get("warm", 0)
+    if warm < 0 or int(warm) != warm:
+        raise ValueError(f"warm must be a whole number of batches >= 0, got {warm:g}.")
     return {
         "lr": settings["lr"],
         "damping": settings["damping"],
