@@ -82,7 +82,11 @@ RESNET20: dict[str, Grid] = {
     "adam": {key: PRINTED["adam"][key] for key in ("lr", "eps")},
 }
 
-OURS = {"digits": DIGITS, "cifar10-resnet20": RESNET20}  # problems with ranges in torch's convention
+OURS = {  # problems with ranges in torch's convention
+    "digits": DIGITS,
+    "digits-mlp": DIGITS,
+    "cifar10-resnet20": RESNET20,
+}
 
 PEERS: dict[str, Grid] = {  # on every problem; of the size of those of the digits
     "adamw": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1), "decay": (1e-3, 0.01, 0.1, 1.0)},

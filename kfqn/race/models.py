@@ -75,6 +75,18 @@ def small_all_cnn(classes: int, channels: int = 1, width: int = 32) -> nn.Sequen
     return model
 
 
+def mlp(classes: int, channels: int = 1, width: int = 64, side: int = 8) -> nn.Sequential:
+    """A perceptron for small images: two hidden `Linear` layers of ``width``, ReLU, and torch's initialisation."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * side**2, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, classes),
+    )
+
+
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2), nn.ReLU(inplace=True)
 

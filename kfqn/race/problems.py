@@ -65,6 +65,12 @@ def _small_all_cnn(classes: int, channels: int, width: int) -> "nn.Module":
     return small_all_cnn(classes, channels, width)
 
 
+def _mlp(classes: int, channels: int, width: int) -> "nn.Module":
+    from kfqn.race.models import mlp
+
+    return mlp(classes, channels, width)
+
+
 def _all_cnn_c(classes: int, channels: int, width: int) -> "nn.Module":
     from kfqn.race.models import all_cnn_c
 
@@ -125,6 +131,19 @@ PROBLEMS = {
             classes=10,
             model=_small_all_cnn,
             width=32,
+            epochs=28,
+            batch_size=256,
+            weight_decay=0.0,
+        ),
+        Problem(
+            name="digits-mlp",
+            title="8×8 digits, perceptron",
+            data=_digits,
+            channels=1,
+            side=8,
+            classes=10,
+            model=_mlp,
+            width=64,
             epochs=28,
             batch_size=256,
             weight_decay=0.0,
