@@ -76,7 +76,7 @@ def small_all_cnn(classes: int, channels: int = 1, width: int = 32) -> nn.Sequen
 
 
 def mlp(classes: int, channels: int = 1, width: int = 64, side: int = 8) -> nn.Sequential:
-    """A perceptron for small images: two hidden `Linear` layers of ``width``, ReLU, and torch's initialisation."""
+    """A perceptron for small images: two hidden `Linear` layers, ReLU, initialised as torch does."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * side**2, width),
