@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.layers import Layer
 from kfqn.rules import layers_of, parameters_of
-from kfqn.settings import checked_settings
+from kfqn.settings import checked_settings, with_rate
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -114,6 +114,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name} has no setting {', '.join(map(repr, sorted(unknown)))} for a group of "
                     f"layers: it has {', '.join(self.defaults)}."
                 )
+            settings = with_rate(settings) if "automatic" in self.defaults else settings
             checked_settings(**settings)
         return parameters, settings, first_order
 
@@ -168,7 +169,8 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
             entries = sum(math.prod(shape) for shape in self._shapes(layer, group).values())
             shape = " × ".join(map(str, (*layer.groups, layer.rows, layer.columns)))
             megabytes = f"{entries * size / 1e6:.3g}"
-            lines.append((layer.name or "the model", self._name, shape, f"{group['lr']:g}", megabytes))
+            lr = "auto" if group.get("automatic") else f"{group['lr']:g}"
+            lines.append((layer.name or "the model", self._name, shape, lr, megabytes))
         for place in self._other_places:
             for p in self.param_groups[place]["params"]:
                 shape = " × ".join(map(str, p.shape)) or "1"

@@ -21,11 +21,15 @@ from kfqn.second_pass import Rewind, random_state
 
 
 class Move(NamedTuple):
-    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, and whether they can be those of a positive H."""
+    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, and whether they can be those of a positive H.
+
+    ``size`` is ‖W‖, or a tenth of the norm of a usual initialisation where that is more.
+    """
 
     P: Tensor
     slope: float
     norm: float
+    size: float
     sound: bool
 
 
@@ -41,6 +45,7 @@ class Memory:
     not what is assigned to them later.
     """
 
+    loss: Tensor | None = None  # of the first pass, if a closure told
     rewind: Rewind = _nothing  # to where the closure started
     rewinds: list[Rewind] = field(default_factory=list)  # to where each pass through the model started
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
@@ -107,6 +112,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         are then as before. If the second fails, the step is taken but nothing is learnt from it.
         """
         loss, self._memory.rewind, self._memory.since = None, _nothing, 0
+        self._memory.loss = None
         if closure is not None:
             self._check_closure(closure)
             loss = self._first_call(closure)
@@ -136,6 +142,7 @@ class KroneckerOptimizer(FactoredOptimizer):
                 f"the closure given to {self._name}.step must return the loss as a tensor, but "
                 f"returned {type(loss).__name__}: end it with 'return loss'."
             )
+        self._memory.loss = loss.detach()
         return loss
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
@@ -229,8 +236,9 @@ class KroneckerOptimizer(FactoredOptimizer):
                 with self._full_precision():
                     P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
                 norms = [torch.linalg.vector_norm(x) for x in (P, DW)]
-                reach = torch.linalg.vector_norm(layer.weight, math.inf).to(P.dtype)
-                own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms, reach])
+                sizes = [torch.linalg.vector_norm(p, dtype=P.dtype) for p in layer.parameters()]
+                norms.append(torch.linalg.vector_norm(torch.stack(sizes)))
+                own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
         if not own and self._ranks.size == 1:
             return {}
         shared = self._ranks.means(own, dict.fromkeys(directions, (4,)), self._layers[0].empty())
@@ -241,25 +249,34 @@ class KroneckerOptimizer(FactoredOptimizer):
         }
 
     def _judged(
-        self, layer: Layer, P: Tensor, slope: float, norm: float, norm_DW: float, reach: float
+        self, layer: Layer, P: Tensor, slope: float, norm: float, norm_DW: float, norm_W: float
     ) -> Move:
         """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
         rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
         limit = torch.finfo(layer.weight.dtype).max
-        sound = (
-            math.isfinite(slope) and slope >= -rounding and reach + self._group(layer)["lr"] * norm < limit
-        )
-        return Move(P, slope, norm, sound)
+        reach = norm_W + self._rate(self._group(layer)) * norm
+        sound = math.isfinite(slope) and slope >= -rounding and reach < limit
+        return Move(P, slope, norm, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
+
+    def _rate(self, group: Group) -> float:
+        """α."""
+        return float(group["lr"])
+
+    def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
+        """How much of each step is taken."""
+        scale = 1.0
+        if group["clip"] is not None:
+            change = self._rate(group) ** 2 * sum(move.slope for move in moves.values())
+            scale = math.sqrt(group["clip"] / change) if change > group["clip"] else 1.0
+        return dict.fromkeys(moves, scale)
 
     def _apply(self, moves: Mapping[Layer, Move], group: Group) -> None:
         """W ← W − α P for the layers of a group; what is still not sound is left where it is."""
-        lr = float(group["lr"])
         moves = {layer: move for layer, move in moves.items() if move.sound}
-        scale = 1.0
-        if group["clip"] is not None:
-            change = lr**2 * sum(move.slope for move in moves.values())
-            scale = math.sqrt(group["clip"] / change) if change > group["clip"] else 1.0
+        scales = self._scales(moves, group)
+        lr = self._rate(group)
         for layer, move in moves.items():
+            scale = scales[layer]
             P = move.P if scale == 1 else move.P * scale
             if self._owns(layer):
                 state = self.state[layer.weight]

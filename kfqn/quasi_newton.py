@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
@@ -13,17 +13,23 @@ from kfqn.groups import Group, Others, State, adamw
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, lbfgs_push_, matvec
-from kfqn.settings import checked_settings
-from kfqn.two_pass import First, TwoPassOptimizer
+from kfqn.self_tuning import SelfTuningOptimizer
+from kfqn.settings import checked_settings, with_rate
+from kfqn.two_pass import First
 
 
-class KFQN(TwoPassOptimizer):
+class KFQN(SelfTuningOptimizer):
     """Algorithm 2, open only in how H_G is kept.
 
     A layer's state: ``DW`` (I, C) the averaged gradient, ``H_A`` (C, C), ``s_G`` and ``y_G``
     (I,) the averaged pair, and what the subclass keeps of H_G. Of a factor larger than
     ``max_factor_size`` the b blocks on its diagonal are kept, (b, …).
     """
+
+    @staticmethod
+    def _settings(**settings: Any) -> Group:
+        """Arguments as the defaults of a group; ValueError for one that is out of range."""
+        return checked_settings(**with_rate(settings)) | {"search": None}
 
     @abstractmethod
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
@@ -137,8 +143,8 @@ class KFBFGS(KFQN):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 30.0,
-        damping: float = 30.0,
+        lr: float | Literal["auto"] = "auto",
+        damping: float = 3.0,
         *,
         beta: float = 0.9,
         mu1: float = 0.2,
@@ -153,7 +159,7 @@ class KFBFGS(KFQN):
         shard_factors: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        settings = checked_settings(
+        settings = self._settings(
             lr=lr,
             damping=damping,
             beta=beta,
@@ -205,8 +211,8 @@ class KFLBFGS(KFQN):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 30.0,
-        damping: float = 30.0,
+        lr: float | Literal["auto"] = "auto",
+        damping: float = 3.0,
         *,
         history_size: int = 100,
         beta: float = 0.9,
@@ -222,7 +228,7 @@ class KFLBFGS(KFQN):
         shard_factors: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        settings = checked_settings(
+        settings = self._settings(
             lr=lr,
             damping=damping,
             history_size=history_size,

@@ -26,7 +26,15 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
             continue
         low, high, closed = _RANGES[name]
-        if not (low <= value < high if closed else low < value < high):
+        if isinstance(value, str) or not (low <= value < high if closed else low < value < high):
             upper = "finite" if high == math.inf else f"< {high:g}"
             raise ValueError(f"{name} must be {'>=' if closed else '>'} {low:g} and {upper}, got {value}.")
     return settings
+
+
+def with_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with ``lr="auto"`` as a group keeps it: ``automatic``, and a factor of what is found."""
+    if "lr" not in settings:
+        return settings
+    automatic = isinstance(settings["lr"], str) and settings["lr"] == "auto"
+    return settings | {"lr": 1.0 if automatic else settings["lr"], "automatic": automatic}

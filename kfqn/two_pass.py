@@ -4,7 +4,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,6 +41,13 @@ class First(NamedTuple):
     s: Tensor
     As: Tensor
     factor: float
+
+
+@dataclass
+class Again:
+    """What `second_pass` gives: a place for the loss inside it."""
+
+    loss: Tensor | None = None
 
 
 class TwoPassOptimizer(KroneckerOptimizer):
@@ -139,7 +146,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._firsts.clear()
 
     def _looks_next(self) -> bool:
-        due = any(_is_learnt_from(group["k"], group) for group in self._own_groups())
+        due = any(self._is_due(group["k"], group) for group in self._own_groups())
         return due or bool(self._missing(self._layers))
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
@@ -147,7 +154,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         seen = {
             layer: record
             for layer, record in seen.items()
-            if _is_learnt_from(groups[layer]["k"] - 1, groups[layer])
+            if self._is_due(groups[layer]["k"] - 1, groups[layer])
         }
         if self._firsts and closure is None:
             self._warn(
@@ -165,8 +172,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
         for record in seen.values():
             record.let_go()
         if closure is not None and self._firsts:
-            with self.second_pass():
-                closure()
+            with self.second_pass(self._memory.loss) as again:
+                again.loss = closure()
 
     def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
         """What the first pass says of every layer, over all processes."""
@@ -200,43 +207,61 @@ class TwoPassOptimizer(KroneckerOptimizer):
         }
 
     @contextlib.contextmanager
-    def second_pass(self, *, loss_scale: float = 1.0) -> Iterator[None]:
+    def second_pass(self, loss: Tensor | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
         """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
         For a training loop without closures::
 
-            F.cross_entropy(model(x), y).backward()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
             optimizer.step()
             if optimizer.second_pass_due:
-                with optimizer.second_pass():
-                    F.cross_entropy(model(x), y).backward()
+                with optimizer.second_pass(loss) as again:
+                    again.loss = F.cross_entropy(model(x), y)
+                    again.loss.backward()
 
         The pass leaves no trace in the model (`kfqn.second_pass`); dropout draws the masks of the first.
-        Micro-batches are run again in the same order. ``loss_scale`` is the factor that both passes'
-        losses have been multiplied with, that of a `GradScaler`, whose ``update`` then comes after.
+        Micro-batches are run again in the same order. ``loss`` and ``again.loss`` are the losses of the whole
+        batch in either pass, of micro-batches their sum; only an automatic step size needs them.
+        ``loss_scale`` is the factor that both passes' losses were multiplied with before ``backward``, that
+        of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
 
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
-        no step was taken before, or nothing ran inside.
+        no step was taken before, nothing ran inside, or a loss that is needed is missing.
         """
         if not self._memory.stepped and not self._watch.waiting:
             raise RuntimeError(
                 "second_pass learns from the step just taken, but there was none since the last: call "
                 f"{self._name}.step() first."
             )
-        firsts, memory = dict(self._firsts), self._memory
+        if self._firsts:
+            self._check_losses(loss)
+        firsts, memory, again = dict(self._firsts), self._memory, Again()
         self._firsts.clear()
         memory.stepped = False
         look = replace(self._first_look, inputs=False, frozen=True)
         with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:
-                yield
+                yield again
         if firsts and not seen and self._ranks.size == 1:
             raise RuntimeError(
                 "the second pass ran no layer, so the step was taken without learning from it: it must do "
                 "the same as the first, in a closure as in second_pass()."
             )
         with torch.no_grad(), self._full_precision():
-            self._learn_from(firsts, seen, loss_scale)
+            if self._accepts(loss, again.loss):
+                self._learn_from(firsts, seen, loss_scale)
+
+    def _is_due(self, k: int, group: Group) -> bool:
+        """Whether step k, counted from 0, is to have a second pass."""
+        return _is_learnt_from(k, group)
+
+    def _check_losses(self, loss: Tensor | None) -> None:
+        """Raise RuntimeError, before the second pass, if it needs the loss of the first."""
+
+    def _accepts(self, before: Tensor | None, after: Tensor | None) -> bool:
+        """Whether the step stays, given the losses of both passes; if not, it has been taken back."""
+        return True
 
     def _learn_from(self, firsts: dict[Layer, First], seen: LayersSeen, loss_scale: float) -> None:
         """Lines 11 to 18 of Algorithm 2 for every layer that both passes have shown."""

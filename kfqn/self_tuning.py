@@ -1,0 +1,199 @@
+"""Steps whose size is found on the way: a step with a second pass is judged, and taken back if bad."""
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfqn.factors import LayersSeen
+from kfqn.groups import Group
+from kfqn.layers import Layer
+from kfqn.optimizer import Move
+from kfqn.step_size import FIRST, LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
+from kfqn.two_pass import TwoPassOptimizer
+
+
+@dataclass
+class Pending:
+    """A step that is to be judged by its second pass; one object that is changed in place, as `Memory`."""
+
+    before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
+    slopes: list[Tensor] = field(default_factory=list)  # of the automatic layers, and of everything
+    D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers
+    gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
+    scheduled: float = 0.0  # the same with what a scheduler makes of α
+
+    def clear(self) -> None:
+        self.before.clear()
+        self.slopes.clear()
+        self.D = self.gone = self.scheduled = 0.0
+
+
+class SelfTuningOptimizer(TwoPassOptimizer, ABC):
+    """A `TwoPassOptimizer` with ``lr="auto"``, by the rule of `kfqn.step_size`.
+
+    Such a group has ``automatic``, and its ``lr`` is a factor, 1 unless a scheduler changes it, of the rate
+    that all these groups share and keep in ``search``. A state keeps the averaged gradient as ``DW``.
+
+    Before a step that is to be judged the parameters are copied, and put back to the bit if it is rejected;
+    a step in between is taken back by the same direction, up to rounding, if the loss of
+    the next batch is far above; the parameters of ``others`` then stay.
+    """
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._pending = Pending()
+
+    @property
+    def _automatic(self) -> list[Group]:
+        return [group for group in self._own_groups() if group["automatic"]]
+
+    @property
+    def _search(self) -> Search:
+        kept = self._automatic[0]["search"]
+        return Search(*kept) if kept is not None else Search()
+
+    @_search.setter
+    def _search(self, search: Search) -> None:
+        for group in self._automatic:
+            group["search"] = tuple(search)
+
+    def warm_start(self, batches: Any) -> None:
+        super().warm_start(batches)
+        self._search = Search()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._pending.clear()
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """As in every method here; under ``""`` also ``rejected``, the steps taken back, and ``rate``, α."""
+        found = super().diagnostics()
+        if self._automatic:
+            found[""] |= {"rejected": float(self._search.rejected), "rate": self._search.rate}
+        return found
+
+    def _is_due(self, k: int, group: Group) -> bool:
+        return super()._is_due(k, group) or (bool(self._automatic) and self._search.due)
+
+    def _rate(self, group: Group) -> float:
+        return super()._rate(group) * (self._search.rate if group["automatic"] else 1.0)
+
+    def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
+        if loss is not None and self._automatic:
+            (value,) = self._mean([loss])
+            if far_above(self._search, value):
+                self._watch.take()
+                self._undo()
+                self._search = undone(self._search)
+                return None
+            self._search = with_loss(self._search, value)
+        return super()._move(loss, closure)
+
+    def _undo(self) -> None:
+        """Take back the last step, from which nothing has been learnt, so that P is what it was."""
+        self._meet()
+        self._memory.stepped = False
+        missing = {*self._missing(self._layers)}
+        layers = [layer for layer in self._layers if layer not in missing]
+        averages = {layer: self.state[layer.weight]["DW"] for layer in layers if self._owns(layer)}
+        for layer, move in self._moves(layers, averages).items():
+            P = layer.W()
+            if self._owns(layer):
+                gone = self.state[layer.weight]["last"][0]
+                P = move.P * (gone / move.norm) if move.norm > 0 else move.P
+                gone.zero_()
+            self._ranks.send(P, self._owners.get(layer))
+            layer.add_(P, alpha=1.0)
+
+    def _update(
+        self, layers: Sequence[Layer], gradients: dict[Layer, Tensor], seen: LayersSeen, closure: Any
+    ) -> None:
+        self._pending.clear()
+        if not self._automatic:
+            super()._update(layers, gradients, seen, closure)
+            return
+        judged = any(self._is_due(group["k"], group) for group in self._own_groups())
+        if judged:
+            moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self._pending.before.update({p: p.clone() for p in moving})
+        for layer in {*self._layers} - {*layers}:
+            if layer.weight in self.state:
+                self.state[layer.weight]["last"][0] = 0.0
+        super()._update(layers, gradients, seen, closure)
+        self._search = stepped(self._search, judged)
+        self._pending.slopes.extend(self._slopes() if judged else [])
+
+    def _slopes(self) -> list[Tensor]:
+        """⟨∇f, ΔW⟩ of the automatic layers, with L2, and of the loss alone in everything that moved."""
+        own, everything = [], []
+        for group in self.param_groups:
+            decay = group["weight_decay"] * (not group["decoupled_weight_decay"]) if "k" in group else 0.0
+            for p in group["params"]:
+                W = self._pending.before.get(p)
+                if W is None or p.grad is None:
+                    continue
+                dW, DW = (p - W).flatten(), p.grad.to_dense() if p.grad.is_sparse else p.grad
+                of_loss = torch.linalg.vecdot(DW.flatten(), dW).real.float()
+                everything.append(of_loss)
+                if group.get("automatic"):
+                    own.append(of_loss + decay * torch.linalg.vecdot(W.flatten(), dW))
+        return [torch.stack(own).sum(), torch.stack(everything).sum()]
+
+    def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
+        if not group["automatic"]:
+            return super()._scales(moves, group)
+        if not self._search.rate:
+            reaches = [move.size / move.norm for move in moves.values() if move.norm > 0]
+            self._search = self._search._replace(rate=FIRST * min(reaches, default=0.0))
+        scales, rate = super()._scales(moves, group), self._rate(group)
+        for layer, move in moves.items():
+            reach = rate * scales[layer] * move.norm
+            scales[layer] *= min(1.0, LARGEST * move.size / reach) if reach > 0 else 1.0
+            gone = self._search.rate * scales[layer] * move.slope
+            self._pending.D += move.slope
+            self._pending.gone += gone
+            self._pending.scheduled += gone * group["lr"]
+        return scales
+
+    def _check_losses(self, loss: Tensor | None) -> None:
+        if self._automatic and loss is None:
+            raise RuntimeError(
+                "lr='auto' judges a step by the loss before and after it: write 'with "
+                "optimizer.second_pass(loss) as again:' with the loss of the first pass, and set again.loss "
+                "inside to that of the second."
+            )
+
+    def _accepts(self, before: Tensor | None, after: Tensor | None) -> bool:
+        pending = self._pending
+        if not pending.slopes:
+            return True
+        if before is None or after is None:
+            raise RuntimeError(
+                "the second pass has ended without its loss, so the step was taken without learning from it: "
+                "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
+            )
+        f0, f1, slope, of_all = self._mean([before, after, *pending.slopes])
+        rate = pending.gone / pending.D if pending.D > 0 else 0.0
+        factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
+        resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))
+        trial = Trial(rate, factor, pending.D, slope, of_all, f0, f1, resolution)
+        self._search, share = judged(self._search, trial, self._automatic[0]["beta"])
+        if share < 1:
+            for p, W in pending.before.items():
+                p.copy_(W.lerp_(p, share) if share else W)
+            for layer in self._layers:
+                if layer.weight in self.state:
+                    self.state[layer.weight]["last"][0] *= share
+        pending.clear()
+        return share == 1
+
+    def _mean(self, numbers: Sequence[Tensor]) -> list[float]:
+        """Scalars as numbers, averaged over the processes."""
+        like = self._layers[0].empty()
+        own = {"": torch.stack([number.detach().to(like.device, like.dtype) for number in numbers])}
+        values: list[float] = self._ranks.means(own, {"": (len(numbers),)}, like)[""].tolist()
+        return values

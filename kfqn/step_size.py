@@ -1,0 +1,146 @@
+"""``lr="auto"``: the step size that the losses before and after a step reveal; two passes know them.
+
+Along a step ΔW = −ρ P the loss of its batch is about f₀ − ρ a + ½ ρ² c, with the descent a = −⟨∇f, ΔW⟩ / ρ
+and the curvature c = 2 (f₁ − f₀ − ⟨∇f, ΔW⟩) / ρ². Both are divided by D = ⟨P, D̂W⟩, the squared length of
+the averaged gradient in the metric H, so that they stay of one order while the loss falls, and averaged
+over steps. The parabola of the averages is lowest at ρ = ā / c̄.
+
+Nothing here knows of networks or tensors; `kfqn.self_tuning` takes the steps. All is invariant to the
+scale of the loss, and to constants added to it.
+"""
+
+import math
+from typing import NamedTuple
+
+SHARE = 0.8  # of the way to the lowest point of the averaged parabola
+DECAY = 0.9  # of the averages, a step; a judged step after a gap counts for more
+LEAST_DECAY = 0.5
+DOUBLING_STEPS = 20  # in which the rate may double at each judged step, until the parabola has limited it
+GROWTH = 1.3  # later, a step; also that of shrinking
+MOST_GROWTH, MOST_SHRINKING = 1.5, 4.0  # at one judged step, however many there were before it
+LEAST_DESCENT = 0.1  # of a/D, where a usual decrease is asked for
+OVERSHOT = 0.1  # of the promised decrease: with less, the step's own parabola bounds the next
+REJECTED = 0.1  # times ρ D ā, the usual decrease: where the loss rises by more, the step is taken back
+CUT = 0.1  # the most that a rejected step shrinks the rate by
+UNDONE = 0.3  # a step that the next batch shows to be wrong shrinks it by this
+NOISE = 5.0  # times the usual distance of a batch's loss from their average: far above
+USUAL = 5  # losses until that is known
+FIRST = 0.01  # the first step moves no layer by more than this share of its size
+LARGEST = 0.1  # no step moves a layer by more than this share of its size
+
+
+class Search(NamedTuple):
+    """What is known of the step size; kept in ``param_groups``, so in plain numbers."""
+
+    rate: float = 0.0  # α; 0 before the first step
+    descent: float = 0.0  # sums over judged steps of a/D and c/D, with decaying weights,
+    curvature: float = 0.0
+    weight: float = 0.0  # and the sum of these
+    steps: int = 0
+    since: int = 0  # steps since the last that was judged, this one included
+    limited: bool = False  # whether anything but the largest growth ever decided
+    loss: float = 0.0  # average over batches, the last weighing most
+    noise: float = 0.0  # and the average distance from it
+    losses: int = 0
+    open: bool = False  # whether the last step was not judged, and can be undone
+    due: bool = False  # whether the next step has to be judged, whatever the cadence
+    rejected: int = 0  # steps taken back so far
+
+
+class Trial(NamedTuple):
+    """A step that has been judged: ρ, D, the slopes ⟨∇f, ΔW⟩, and the losses f₀ and f₁.
+
+    ρ is ``factor``, what schedulers make of the rate, times ``rate``, of which bounds may have left less.
+    ``slope`` is that of the layers stepped in with the automatic rate, L2 included; ``slope_of_all`` that of
+    the loss in everything that moved. ``resolution`` is the smallest difference of losses that counts.
+    """
+
+    rate: float
+    factor: float
+    D: float
+    slope: float
+    slope_of_all: float
+    before: float
+    after: float
+    resolution: float
+
+
+def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
+    """What the search knows after a judged step, and what share of the step stays; below 1 it is rejected.
+
+    ``beta`` is the decay of D̂W, whose first averages are too short.
+    """
+    rate, change, rho = trial.rate, trial.after - trial.before, trial.rate * trial.factor
+    if not math.isfinite(change):
+        return _rejected(search, rate * CUT), 0.0
+    if not (rho > 0 and trial.D > 0):
+        return search._replace(since=0, due=False), 1.0
+    curved = change - trial.slope_of_all
+    a = -trial.slope / rho / trial.D * (1 - beta**search.steps)
+    c = 2 * curved / rho**2 / trial.D if abs(curved) > trial.resolution else 0.0
+    usual = search.descent / search.weight if search.weight else max(a, 0.0)
+    if change > max(REJECTED * rho * trial.D * max(usual, LEAST_DESCENT), trial.resolution):
+        lowest = SHARE * max(usual, a) / c if c > 0 else 0.0
+        return _rejected(search, max(rate * CUT, min(rate / 2, lowest))), min(
+            0.5, max(0.0, -trial.slope_of_all / (2 * curved))
+        )
+    decay = max(LEAST_DECAY, DECAY**search.since)
+    search = search._replace(
+        descent=decay * search.descent + (1 - decay) * a,
+        curvature=decay * search.curvature + (1 - decay) * c,
+        weight=decay * search.weight + (1 - decay),
+    )
+    wanted, growth = _wanted(search, rate)
+    limited = search.limited or wanted < rate * growth
+    overshot = trial.slope_of_all < 0 and change > OVERSHOT * trial.slope_of_all
+    if overshot and c > 0:
+        wanted = min(wanted, max(rate / 2, SHARE * a / c))
+    if change > 0:
+        wanted = min(wanted, rate / GROWTH)
+    return search._replace(rate=wanted, limited=limited, since=0, due=False), 1.0
+
+
+def _wanted(search: Search, rate: float) -> tuple[float, float]:
+    """The next rate by the averaged parabola, within how fast it may change, and the most it may grow."""
+    doubles = not search.limited and search.steps <= DOUBLING_STEPS
+    growth = 2.0 if doubles else min(GROWTH**search.since, MOST_GROWTH)
+    least = rate / min(GROWTH**search.since, MOST_SHRINKING)
+    if search.descent <= 0:
+        return least, growth
+    if search.curvature <= 0:
+        return rate * growth, growth
+    return min(max(SHARE * search.descent / search.curvature, least), rate * growth), growth
+
+
+def _rejected(search: Search, rate: float) -> Search:
+    return search._replace(
+        rate=rate, since=0, limited=True, open=False, due=True, rejected=search.rejected + 1
+    )
+
+
+def far_above(search: Search, loss: float) -> bool:
+    """Whether the loss of a batch shows that the step before it, which was not judged, went wrong."""
+    if not search.open:
+        return False
+    return not math.isfinite(loss) or (
+        search.losses >= USUAL and loss - search.loss > NOISE * search.noise > 0
+    )
+
+
+def undone(search: Search) -> Search:
+    """After the step before has been taken back."""
+    return _rejected(search, search.rate * UNDONE)
+
+
+def with_loss(search: Search, loss: float) -> Search:
+    """After a batch with this loss."""
+    if not search.losses:
+        return search._replace(loss=loss, losses=1)
+    distance = abs(loss - search.loss)
+    noise = distance if search.losses == 1 else DECAY * search.noise + (1 - DECAY) * distance
+    return search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise, losses=search.losses + 1)
+
+
+def stepped(search: Search, judged: bool) -> Search:
+    """After a step has been taken, that is to be judged or not."""
+    return search._replace(steps=search.steps + 1, since=search.since + 1, open=not judged)
