@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, FIELD
+from kfqn.race.entrants import ENTRANTS, FIELD, SWEPT
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(command="sweep")
     sweep.add_argument(
-        "--optimizers", nargs="+", choices=ENTRANTS, default=list(FIELD), help=f"default: {' '.join(FIELD)}"
+        "--optimizers", nargs="+", choices=SWEPT, default=list(FIELD), help=f"default: {' '.join(FIELD)}"
     )
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
     sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
@@ -223,7 +223,7 @@ def positive(text: str) -> int:
 
 def entrant(text: str) -> tuple[str, Settings | None]:
     """``name`` or ``name:key=value,key=value``, for argparse; None stands for the best known settings."""
-    name, _, rest = text.partition(":")
+    name, rest = _name_and_settings(text)
     if "." in name and not rest:
         return name, {}
     if "." in name:
@@ -247,6 +247,13 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if not all(math.isfinite(v) and (v > 0 or key in options) for key, v in settings.items()):
         raise argparse.ArgumentTypeError(f"settings must be > 0 and finite, got {rest!r}")
     return name, {key: settings[key] for key in (*tuned, *options) if key in settings}
+
+
+def _name_and_settings(text: str) -> tuple[str, str]:
+    """``name:rest``, where the name may end with ``:auto``."""
+    name, _, rest = text.partition(":")
+    word, _, further = rest.partition(":")
+    return (f"{name}:{word}", further) if f"{name}:{word}" in ENTRANTS else (name, rest)
 
 
 def _pair(item: str) -> tuple[str, str, str]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Entrant:
     """``build`` makes the optimizer from a model, settings and weight decay.
 
-    ``tuned`` names the settings that must be given; ``options`` those that may be.
+    ``tuned`` names the settings that must be given; ``options`` those that may be. An ``automatic`` one
+    needs none, and starts from its first mini-batch, as the optimizer does by default.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Entrant:
     build: Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]
     tuned: tuple[str, ...]
     options: tuple[str, ...] = ()
+    automatic: bool = False
 
 
 def _kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
@@ -41,6 +43,19 @@ def _kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "to
     import kfqn
 
     return kfqn.KFLBFGS(model, **_two_pass(settings), weight_decay=weight_decay)
+
+
+def _automatic(method: str) -> Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]:
+    """What builds our optimizer with its defaults, and what is given beyond them."""
+
+    def build(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
+        import kfqn
+
+        given = {_NAMES.get(key, key): _whole(value) for key, value in settings.items() if key != "warm"}
+        optimizer: torch.optim.Optimizer = getattr(kfqn, method)(model, **given, weight_decay=weight_decay)
+        return optimizer
+
+    return build
 
 
 def _two_pass(settings: Settings) -> dict[str, Any]:
@@ -96,12 +111,16 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
 
 
 _OPTIONS = ("clip", "interval", "largest", "warm")  # the last is the trainer's
+_NAMES = {"interval": "curvature_interval", "largest": "max_factor_size"}
+_AUTOMATIC = ("damping", *_OPTIONS)
 
 ENTRANTS: Mapping[str, Entrant] = {
     entrant.name: entrant
     for entrant in (
         Entrant("kfbfgs", "KF-BFGS", _kfbfgs, ("lr", "damping"), _OPTIONS),
         Entrant("kflbfgs", "KF-BFGS(L)", _kflbfgs, ("lr", "damping"), _OPTIONS),
+        Entrant("kfbfgs:auto", "KF-BFGS, auto", _automatic("KFBFGS"), (), _AUTOMATIC, automatic=True),
+        Entrant("kflbfgs:auto", "KF-BFGS(L), auto", _automatic("KFLBFGS"), (), _AUTOMATIC, automatic=True),
         Entrant("kfac", "KFAC", _kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging")),
         Entrant("adam", "Adam", _adam, ("lr", "eps"), ("beta2",)),
         Entrant("sgd", "SGD-m", _sgd, ("lr",)),
@@ -113,6 +132,7 @@ ENTRANTS: Mapping[str, Entrant] = {
     )
 }
 
+SWEPT = tuple(name for name, entrant in ENTRANTS.items() if not entrant.automatic)
 FIELD = ("kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # that of the paper's section 6
 
 
@@ -130,6 +150,8 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
     ``tuned.json``; else from the paper. Raises Failure if none of them knows the entrant.
     """
     committed = resources.files("kfqn.race").joinpath("tuned.json")
+    if entrant in ENTRANTS and ENTRANTS[entrant].automatic:
+        return {}, "the optimizer's defaults"
     for file, source in ((sweep, str(sweep)), (committed, "the package's own sweep")):
         if file.is_file():
             try:

@@ -46,12 +46,13 @@ class Config:
     @property
     def identity(self) -> str:
         """The name of the run's folder: readable, and different for different configurations."""
-        values = "-".join(f"{key}{value:g}" for key, value in self.settings.items())
+        values = [f"{key}{value:g}" for key, value in self.settings.items()]
         every = asdict(self)
         if self.processes == 1:  # as it was named before there could be several
             del every["processes"]
         digest = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.entrant}-{values}-seed{self.seed}-{digest}"
+        name = "-".join([self.entrant.replace(":", "-"), *values, f"seed{self.seed}"])
+        return f"{name}-{digest}"
 
 
 Record = dict[str, Any]

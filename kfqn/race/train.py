@@ -143,7 +143,7 @@ class Trainer:
 
         With the setting ``warm`` from so many of them; with 0 the first step starts by itself, timed.
         """
-        few = self.config.settings.get("warm")
+        few = self.config.settings.get("warm", 0 if entrant_of(self.config.entrant).automatic else None)
         if few == 0:
             return
         generator = torch.Generator().manual_seed(self.config.seed)
