@@ -21,7 +21,7 @@ class Pending:
     """A step that is to be judged by its second pass; one object that is changed in place, as `Memory`."""
 
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
-    slopes: list[Tensor] = field(default_factory=list)  # of the automatic layers, and of everything
+    slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler makes of α
@@ -128,8 +128,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._pending.slopes.extend(self._slopes() if judged else [])
 
     def _slopes(self) -> list[Tensor]:
-        """⟨∇f, ΔW⟩ of the automatic layers, with L2, and of the loss alone in everything that moved."""
-        own, everything = [], []
+        """⟨∇f, ΔW⟩ of the automatic layers, the same with L2, and of everything that moved."""
+        own, decays, everything = [], [], []
         for group in self.param_groups:
             decay = group["weight_decay"] * (not group["decoupled_weight_decay"]) if "k" in group else 0.0
             for p in group["params"]:
@@ -140,8 +140,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 of_loss = torch.linalg.vecdot(DW.flatten(), dW).real.float()
                 everything.append(of_loss)
                 if group.get("automatic"):
-                    own.append(of_loss + decay * torch.linalg.vecdot(W.flatten(), dW))
-        return [torch.stack(own).sum(), torch.stack(everything).sum()]
+                    own.append(of_loss)
+                    decays.append(decay * torch.linalg.vecdot(W.flatten(), dW))
+        slope = torch.stack(own).sum()
+        return [slope, slope + torch.stack(decays).sum(), torch.stack(everything).sum()]
 
     def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
         if not group["automatic"]:
@@ -176,11 +178,11 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "the second pass has ended without its loss, so the step was taken without learning from it: "
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
-        f0, f1, slope, of_all = self._mean([before, after, *pending.slopes])
+        f0, f1, slope, regularised, of_all = self._mean([before, after, *pending.slopes])
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))
-        trial = Trial(rate, factor, pending.D, slope, of_all, f0, f1, resolution)
+        trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
         self._search, share = judged(self._search, trial, self._automatic[0]["beta"])
         if share < 1:
             for p, W in pending.before.items():

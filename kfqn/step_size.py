@@ -51,14 +51,16 @@ class Trial(NamedTuple):
     """A step that has been judged: ρ, D, the slopes ⟨∇f, ΔW⟩, and the losses f₀ and f₁.
 
     ρ is ``factor``, what schedulers make of the rate, times ``rate``, of which bounds may have left less.
-    ``slope`` is that of the layers stepped in with the automatic rate, L2 included; ``slope_of_all`` that of
-    the loss in everything that moved. ``resolution`` is the smallest difference of losses that counts.
+    ``slope`` is that of the layers that moved with the automatic rate, ``regularised`` the same with L2, and
+    ``slope_of_all`` that of everything that moved. ``resolution`` is the smallest difference of losses that
+    counts.
     """
 
     rate: float
     factor: float
     D: float
     slope: float
+    regularised: float
     slope_of_all: float
     before: float
     after: float
@@ -70,19 +72,20 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
 
     ``beta`` is the decay of D̂W, whose first averages are too short.
     """
-    rate, change, rho = trial.rate, trial.after - trial.before, trial.rate * trial.factor
+    rate, rho = trial.rate, trial.rate * trial.factor
+    curved = trial.after - trial.before - trial.slope_of_all
+    change = trial.slope + curved  # of the loss, without what other parameters contribute
     if not math.isfinite(change):
         return _rejected(search, rate * CUT), 0.0
     if not (rho > 0 and trial.D > 0):
         return search._replace(since=0, due=False), 1.0
-    curved = change - trial.slope_of_all
-    a = -trial.slope / rho / trial.D * (1 - beta**search.steps)
+    a = -trial.regularised / rho / trial.D * (1 - beta**search.steps)
     c = 2 * curved / rho**2 / trial.D if abs(curved) > trial.resolution else 0.0
     usual = search.descent / search.weight if search.weight else max(a, 0.0)
     if change > max(REJECTED * rho * trial.D * max(usual, LEAST_DESCENT), trial.resolution):
         lowest = SHARE * max(usual, a) / c if c > 0 else 0.0
         return _rejected(search, max(rate * CUT, min(rate / 2, lowest))), min(
-            0.5, max(0.0, -trial.slope_of_all / (2 * curved))
+            0.5, max(0.0, -trial.slope / (2 * curved))
         )
     decay = max(LEAST_DECAY, DECAY**search.since)
     search = search._replace(
@@ -92,7 +95,7 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
     )
     wanted, growth = _wanted(search, rate)
     limited = search.limited or wanted < rate * growth
-    overshot = trial.slope_of_all < 0 and change > OVERSHOT * trial.slope_of_all
+    overshot = trial.slope < 0 and change > OVERSHOT * trial.slope
     if overshot and c > 0:
         wanted = min(wanted, max(rate / 2, SHARE * a / c))
     if change > 0:

@@ -19,7 +19,8 @@ START = 34  # steps before those with the full interval are tried
 
 @pytest.fixture(params=TWO_PASS)
 def make(request):
-    return lambda model, **settings: TWO_PASS[request.param](model, curvature_interval=INTERVAL, **settings)
+    fixed = {"lr": 3.0, "curvature_interval": INTERVAL}
+    return lambda model, **settings: TWO_PASS[request.param](model, **(fixed | settings))
 
 
 @pytest.mark.usefixtures("double")

@@ -526,7 +526,7 @@ def test_state_of_another_method_or_model_is_refused_whole():
         with pytest.raises(ValueError, match="this state is not KFBFGS's for '0' \\(Linear\\)"):
             ours.load_state_dict(foreign.state_dict())
         assert unchanged(before, snapshot(model, ours))
-        assert ours.param_groups[0]["lr"] == 30.0
+        assert ours.param_groups[0]["lr"] == 1.0
 
 
 def test_a_layer_frozen_by_half_after_the_fact_is_named(make):

@@ -19,7 +19,8 @@ import kfqn
 
 @pytest.fixture(params=TWO_PASS)
 def make(request):
-    return TWO_PASS[request.param]
+    """With a learning rate of its own; doors with an automatic one: `test_self_tuning`."""
+    return lambda model, **settings: TWO_PASS[request.param](model, **({"lr": 3.0} | settings))
 
 
 def backward(model, x, target):

@@ -171,7 +171,7 @@ def test_clipping_is_over_the_layers_of_a_group():
     data = batches((5,), 1)
     kappa = 1e-6
     for twin, settings in ((plain, {}), (clipped, {"clip": kappa})):
-        train(twin, kfqn.KFBFGS(twin, beta=0.0, **settings), data)
+        train(twin, kfqn.KFBFGS(twin, lr=30.0, beta=0.0, **settings), data)
     models = (m.parameters() for m in (model, plain, clipped))
     start, *ends = map(nn.utils.parameters_to_vector, models)
     long, short = (end - start for end in ends)

@@ -32,6 +32,8 @@ ORDER = [
     "factors",
     "optimizer",
     "two_pass",
+    "step_size",
+    "self_tuning",
     "quasi_newton",
     "convergent",
     "kfac",

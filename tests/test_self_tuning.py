@@ -1,0 +1,325 @@
+"""``lr="auto"``: what it finds, what it takes back, and that it works wherever the optimizer does."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import batches, closure, mlp, odd_cnn
+from test_contract import snapshot, train, unchanged
+from torch import nn
+
+import kfqn
+from kfqn.race.data import digits
+from kfqn.race.grids import PRINTED
+from kfqn.race.models import small_all_cnn
+from kfqn.step_size import LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
+
+METHODS = {
+    "KFBFGS": kfqn.KFBFGS,
+    "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
+}
+
+
+@pytest.fixture(params=METHODS)
+def make(request):
+    return METHODS[request.param]
+
+
+def rate(optimizer):
+    return optimizer.diagnostics()[""]["rate"]
+
+
+def rejected(optimizer):
+    return optimizer.diagnostics()[""]["rejected"]
+
+
+# --- the rule -------------------------------------------------------------------------------------------
+
+
+def on_a_parabola(search, a, c, D=2.0, factor=1.0):
+    """A judged step of this rate where the loss is 5 − ρ a D + ½ ρ² c D."""
+    rho = search.rate * factor
+    slope = -rho * a * D
+    after = 5 + slope + rho**2 * c * D / 2
+    return Trial(search.rate, factor, D, slope, slope, slope, 5.0, after, 0.0)
+
+
+@pytest.mark.parametrize("start", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("interval", [1, 10])
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_the_rate_goes_to_a_share_of_the_way_to_the_lowest_point(start, interval, factor):
+    search = Search(rate=start)
+    for k in range(400):
+        search = stepped(search, k % interval == 0)
+        if k % interval == 0:
+            search, _ = judged(search, on_a_parabola(search, a=3.0, c=0.5, factor=factor), beta=0.0)
+    assert search.rate == pytest.approx(0.8 * 3.0 / 0.5, rel=1e-6)
+
+
+def test_a_step_beyond_the_parabola_is_shortened_to_its_lowest_point():
+    search = stepped(Search(rate=100.0), True)
+    search, share = judged(search, on_a_parabola(search, a=3.0, c=0.5), beta=0.0)
+    assert share == pytest.approx(3.0 / 0.5 / 100)
+    assert search.rate == pytest.approx(10.0)  # at most by ten at once
+    assert search.due
+    assert search.rejected == 1
+
+
+@pytest.mark.parametrize("after", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_takes_all_of_the_step_back(after):
+    search = stepped(Search(rate=100.0), True)
+    search, share = judged(search, Trial(100.0, 1.0, 2.0, -1.0, -1.0, -1.0, 5.0, after, 0.0), beta=0.9)
+    assert share == 0
+    assert search.rate == pytest.approx(10.0)
+
+
+def test_a_direction_uphill_shrinks_the_rate_and_does_not_divide_by_it():
+    search = stepped(Search(rate=1.0), True)
+    search, share = judged(search, Trial(1.0, 1.0, 2.0, 1e-3, 1e-3, 1e-3, 5.0, 5.0 + 1e-3, 0.0), beta=0.0)
+    assert share == 1
+    assert search.rate == pytest.approx(1 / 1.3)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1e3])
+@pytest.mark.parametrize("shift", [0.0, -7.0])
+def test_neither_the_scale_of_the_loss_nor_a_constant_matters(c, shift):
+    """Scaled by c, H_G is 1/c of what it was: ρ, D and losses are c times as large."""
+    search = other = Search(rate=0.3)
+    for k in range(30):
+        search, other = (stepped(s, True) for s in (search, other))
+        trial = on_a_parabola(search, a=1.0 + 0.5 * math.sin(k), c=0.2 + 0.1 * math.cos(k))
+        theirs = trial._replace(
+            D=trial.D * c,
+            slope=trial.slope * c,
+            regularised=trial.slope * c,
+            slope_of_all=trial.slope_of_all * c,
+            before=trial.before * c + shift,
+            after=trial.after * c + shift,
+        )
+        (search, share), (other, theirs_share) = judged(search, trial, 0.9), judged(other, theirs, 0.9)
+        assert other.rate == pytest.approx(search.rate, rel=1e-6)
+        assert share == pytest.approx(theirs_share, rel=1e-6)
+
+
+def test_a_loss_far_above_the_usual_shows_an_open_step_only():
+    search = Search(rate=1.0)
+    for loss in (2.0, 2.1, 1.9, 2.05, 1.95, 2.0):
+        search = with_loss(search, loss)
+    for loss, is_open, expected in ((2.2, True, False), (9.0, True, True), (9.0, False, False)):
+        assert far_above(stepped(search, judged=not is_open), loss) == expected
+    assert far_above(stepped(search, judged=False), math.nan)
+    after = undone(stepped(search, judged=False))
+    assert not far_above(after, 9.0)  # never two in a row
+    assert after.rate == pytest.approx(0.3)
+    assert after.due
+
+
+# --- the optimizer --------------------------------------------------------------------------------------
+
+
+def test_it_is_the_default_and_a_number_turns_it_off(make):
+    model = mlp()
+    assert "auto" in make(model).plan()
+    optimizer = make(model, lr=3.0)
+    assert "auto" not in optimizer.plan()
+    assert "rate" not in optimizer.diagnostics()[""]
+
+
+@pytest.mark.parametrize("build", [kfqn.KFAC, kfqn.ConvergentKFLBFGS])
+def test_methods_without_it_say_so(build):
+    with pytest.raises(ValueError, match="lr must be > 0 and finite, got auto"):
+        build(mlp(), lr="auto")
+
+
+@pytest.fixture(scope="module")
+def images():
+    data = digits()
+    return data, [*data.training_batches(256, torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("lr", [min(PRINTED["kfbfgs"]["lr"]), max(PRINTED["kfbfgs"]["lr"])])
+@pytest.mark.parametrize("damping", [min(PRINTED["kfbfgs"]["damping"]), max(PRINTED["kfbfgs"]["damping"])])
+def test_no_rate_or_damping_of_the_papers_grid_diverges(make, images, lr, damping):
+    torch.manual_seed(0)
+    model = small_all_cnn(10, width=8)
+    optimizer = make(model, damping=damping)
+    optimizer.param_groups[0]["search"] = tuple(Search(rate=lr))
+    losses = [train(model, optimizer, images[1])[-1] for _ in range(6)]
+    assert losses[-1] < 2.0
+
+
+def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 30)
+    optimizer = make(model)
+    for x, target in data:
+        before = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, [(x, target)])
+        for layer in optimizer._layers:
+            index = [next(i for i, p in enumerate(model.parameters()) if p is q) for q in layer.parameters()]
+            W = torch.cat([before[i].flatten() for i in index])
+            moved = torch.cat([p.detach().flatten() for p in layer.parameters()]) - W
+            assert moved.norm() <= LARGEST * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
+
+
+def test_a_layer_that_starts_at_zero_moves():
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    train(model, kfqn.KFBFGS(model), batches((5,), 3))
+    assert model[2].weight.abs().sum() > 0
+
+
+class Steep:
+    """A closure whose loss is that of the batch until it is told to show another."""
+
+    def __init__(self, model, x, target):
+        self.inner, self.shown, self.calls = closure(model, None, x, target), {}, 0
+
+    def __call__(self):
+        loss = self.inner()
+        self.calls += 1
+        return self.shown.get(self.calls, loss.detach())
+
+
+def test_a_step_that_makes_the_loss_infinite_is_taken_back_to_the_bit(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    optimizer = make(model)
+    train(model, optimizer, data[:2])
+    before = [p.detach().clone() for p in model.parameters()]
+    taken, found = optimizer.diagnostics()["0"]["G taken"], rate(optimizer)
+    evaluate = Steep(model, *data[2])
+    evaluate.shown[2] = torch.tensor(math.inf)
+    optimizer.step(evaluate)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert rejected(optimizer) == 1
+    assert rate(optimizer) < found / 2
+    assert optimizer.diagnostics()["0"]["G taken"] == taken
+    assert optimizer.diagnostics()["0"]["update"] == 0
+
+
+def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 40)
+    optimizer = make(model)
+    train(model, optimizer, data[:30])
+    while not optimizer._search.open:
+        train(model, optimizer, data[30:31])
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, data[31:32])  # without a second pass
+    assert optimizer._search.open
+    evaluate = Steep(model, *data[32])
+    evaluate.shown[1] = torch.tensor(1e6)
+    optimizer.step(evaluate)
+    assert evaluate.calls == 1
+    assert rejected(optimizer) >= 1
+    for p, q in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)  # up to rounding
+    train(model, optimizer, data[33:34])
+    assert not optimizer._search.open  # the step after is judged
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 25, 31])
+def test_resuming_is_bit_identical(make, k):
+    model, data = odd_cnn(), batches((2, 6, 6), k + 6)
+    optimizer = make(model, weight_decay=1e-3)
+    train(model, optimizer, data[:k])
+    twin = copy.deepcopy(model)
+    theirs = make(twin, weight_decay=1e-3)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data[k:])
+    train(twin, theirs, data[k:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    assert optimizer._search == theirs._search
+
+
+def test_both_doors_are_the_same_to_the_bit_where_every_step_is_judged(make):
+    model = odd_cnn()
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    for x, target in batches((2, 6, 6), 8):
+        train(model, optimizer, [(x, target)])
+        theirs.zero_grad()
+        loss = F.cross_entropy(twin(x), target)
+        loss.backward()
+        theirs.step()
+        with theirs.second_pass(loss) as again:
+            again.loss = F.cross_entropy(twin(x), target)
+            again.loss.backward()
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    assert rate(optimizer) == rate(theirs)
+
+
+def test_a_second_pass_without_its_losses_is_an_error(make):
+    model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
+    optimizer = make(model)
+    F.cross_entropy(model(x), target).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"write 'with optimizer.second_pass\(loss\) as again:'"):
+        with optimizer.second_pass():
+            F.cross_entropy(model(x), target).backward()
+    with pytest.raises(RuntimeError, match=r"set again.loss inside"):
+        with optimizer.second_pass(torch.tensor(1.0)):
+            F.cross_entropy(model(x), target).backward()
+
+
+def test_a_scheduler_multiplies_what_is_found(make):
+    model, data = mlp(), batches((5,), 3)
+    optimizer = make(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
+    train(model, optimizer, data[:1])
+    scheduler.step()
+    found = rate(optimizer)
+    twin = copy.deepcopy(model)
+    whole = make(twin)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 1.0
+    whole.load_state_dict(state)
+    train(model, optimizer, data[1:2])
+    train(twin, whole, data[1:2])
+    half, full = (o.diagnostics()["0"]["update"] for o in (optimizer, whole))
+    assert half == pytest.approx(full / 2, rel=1e-5)
+    assert found > 0
+
+
+def test_scaling_the_loss_scales_nothing_else_of_the_first_step(make):
+    """H₀ does not know the loss yet: the first step's length is a share of the layer's size."""
+    model, data = mlp(), batches((5,), 1)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    (x, target), *_ = data
+    optimizer.step(closure(model, optimizer, x, target))
+    theirs.step(closure(twin, theirs, x, target, lambda output, y: 1000 * F.cross_entropy(output, y)))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_with_a_rate_of_their_own_keep_it(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 2)
+    optimizer = make(model, groups=[{"modules": "7", "lr": 0.25}, {"modules": "0", "lr": "auto"}])
+    train(model, optimizer, data)
+    lr = {group["lr"] for group in optimizer.param_groups}
+    assert lr == {0.25, 1.0}
+    assert len({group["search"] for group in optimizer.param_groups if group["automatic"]}) == 1
+
+
+def test_what_the_other_parameters_do_to_the_loss_is_not_taken_for_curvature():
+    """A loss linear in a parameter of ``others``, which moves a lot: the rate is as if it stood still."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.shift = mlp(), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.body(x), self.shift
+
+    torch.manual_seed(0)
+    model, data, found = Shifted(), batches((5,), 6), []
+    for lr in (0.0, 1e-2):
+        twin = copy.deepcopy(model)
+        optimizer = kfqn.KFBFGS(twin, others=lambda ps, lr=lr: torch.optim.SGD(ps, lr=lr))
+        for x, target in data:
+            optimizer.step(kfqn.closure(twin, x, target, lambda o, y: F.cross_entropy(o[0], y) - 3 * o[1]))
+        found.append(rate(optimizer))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
