@@ -107,10 +107,14 @@ class KFBFGS(KFQN):
             in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers, whose
             inputs have the batch first, get factors; see ``others`` for what else it trains. Frozen
             parameters are ignored.
-        lr: the learning rate α. Best values grow with the damping and lie far above those of SGD.
-        damping: λ; λ_A = λ_G = √λ is added to both factors. The defaults (30, 30) are the paper's best
-            for All-CNN-C on CIFAR-10 and among the best on the race's digits (`docs/results.md`);
-            a step too large for its damping ends in NaN, so for another model try lr 10 and 3 too.
+        lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
+            (`kfqn.step_size`), bounded by a tenth of each layer's size, and a step that was bad is taken
+            back. ``lr`` in the group is then a factor, for schedulers; what is found is
+            ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
+            ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD,
+            and too large a one ends in NaN.
+        damping: λ; λ_A = λ_G = √λ is added to both factors. With an automatic rate any value of
+            the paper's grid trains; with the paper's own for All-CNN-C, 30, it is ``lr=30``.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G).
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.

@@ -71,20 +71,26 @@ def bytes_alive():
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("lr", ["auto", 0.1])
 @pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
-def test_no_step_leaves_memory_behind(method):
+def test_no_step_leaves_memory_behind(method, lr):
     model, data = odd_cnn(), batches((2, 6, 6), 40)
-    optimizer, alive = method(model, lr=0.1, curvature_interval=3), []
+    optimizer, alive = method(model, lr=lr, curvature_interval=3), []
     for x, target in data[:-1]:
         optimizer.step(closure(model, optimizer, x, target))
         alive.append(bytes_alive())
     assert max(alive[30:]) <= min(alive[5:20])  # with a second pass at every third step, and at every step
 
 
+@pytest.mark.parametrize(
+    ("lr", "expected"),
+    [(0.1, ["__bool__", "tolist"]), ("auto", ["tolist", "__bool__", "tolist", "tolist"])],
+)
 @pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
-def test_a_step_waits_for_the_device_twice(method, monkeypatch):
+def test_a_step_waits_for_the_device_twice(method, lr, expected, monkeypatch):
+    """To see that gradients and directions are sound; an automatic rate reads both losses, too."""
     model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
-    optimizer, reads = method(model, lr=0.1), []
+    optimizer, reads = method(model, lr=lr), []
     evaluate = closure(model, optimizer, x, target)
     optimizer.step(evaluate)
     on_the_host = {id(state["step"]) for state in optimizer.state.values()}
@@ -98,4 +104,4 @@ def test_a_step_waits_for_the_device_twice(method, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, read)
     optimizer.step(evaluate)
-    assert reads == ["__bool__", "tolist"]
+    assert reads == expected
