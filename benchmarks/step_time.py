@@ -41,7 +41,7 @@ NEVER = 10**6
 
 def between(method: Method, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer all of whose steps are without a second pass: an old one, with a long interval."""
-    optimizer = method(model, lr=0.1, curvature_interval=NEVER)
+    optimizer = method(model, curvature_interval=NEVER)
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["k"] = 10 * NEVER + 1
@@ -51,7 +51,7 @@ def between(method: Method, model: nn.Module) -> torch.optim.Optimizer:
 
 def learning(method: Method, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer all of whose steps have a second pass."""
-    return method(model, lr=0.1, curvature_interval=1)
+    return method(model, curvature_interval=1)
 
 
 OURS: Mapping[str, Method] = {

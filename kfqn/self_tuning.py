@@ -83,6 +83,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return super()._rate(group) * (self._search.rate if group["automatic"] else 1.0)
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
+        self._pending.clear()
         if loss is not None and self._automatic:
             (value,) = self._mean([loss])
             if far_above(self._search, value):
@@ -112,7 +113,6 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _update(
         self, layers: Sequence[Layer], gradients: dict[Layer, Tensor], seen: LayersSeen, closure: Any
     ) -> None:
-        self._pending.clear()
         if not self._automatic:
             super()._update(layers, gradients, seen, closure)
             return

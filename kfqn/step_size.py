@@ -136,7 +136,9 @@ def undone(search: Search) -> Search:
 
 
 def with_loss(search: Search, loss: float) -> Search:
-    """After a batch with this loss."""
+    """After a batch with this loss; one that is not finite is no measure of what is usual."""
+    if not math.isfinite(loss):
+        return search
     if not search.losses:
         return search._replace(loss=loss, losses=1)
     distance = abs(loss - search.loss)

@@ -90,7 +90,6 @@ def test_processes_find_the_same_step_size_and_take_back_the_same_steps(tmp_path
         assert first["diagnostics"][""] == second["diagnostics"][""]
         undone = case.endswith("undone")
         model, _ = one_process(case.split(":")[0], lr="auto", undone=undone)
-        torch.testing.assert_close(
-            first["model"], model, rtol=1e-6, atol=1e-9
-        )  # ρ² c is a difference of losses
+        # looser than elsewhere because the curvature is a small difference of losses
+        torch.testing.assert_close(first["model"], model, rtol=1e-6, atol=1e-9)
         assert first["diagnostics"][""]["rejected"] >= undone

@@ -110,6 +110,7 @@ def test_a_loss_far_above_the_usual_shows_an_open_step_only():
     for loss, is_open, expected in ((2.2, True, False), (9.0, True, True), (9.0, False, False)):
         assert far_above(stepped(search, judged=not is_open), loss) == expected
     assert far_above(stepped(search, judged=False), math.nan)
+    assert with_loss(search, math.nan) == search
     after = undone(stepped(search, judged=False))
     assert not far_above(after, 9.0)  # never two in a row
     assert after.rate == pytest.approx(0.3)

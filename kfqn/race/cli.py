@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, FIELD, SWEPT
+from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
         "--optimizers",
         nargs="+",
         type=entrant,
-        default=[(name, None) for name in FIELD],
+        default=[(name, None) for name in RACE],
         metavar="NAME[:KEY=VALUE,...]",
         help=f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
-        f"(default: {' '.join(FIELD)}); or any torch optimizer by its dotted name, with its own arguments: "
+        f"(default: {' '.join(RACE)}); or any torch optimizer by its dotted name, with its own arguments: "
         "torch.optim.RMSprop:lr=1e-3,centered=true",
     )
     race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
@@ -236,9 +236,8 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     tuned, options = ENTRANTS[name].tuned, ENTRANTS[name].options
     given = [key for key, _, _ in pairs]
     if len({*given}) < len(given) or not {*tuned} <= {*given} <= {*tuned, *options}:
-        takes = ",".join(f"{key}=..." for key in tuned)
-        if options:
-            takes += " and, if you like, " + ",".join(f"{key}=..." for key in options)
+        parts = [",".join(f"{key}=..." for key in keys) for keys in (tuned, options) if keys]
+        takes = " and, if you like, ".join(parts) if tuned else f"only {parts[0]}"
         raise argparse.ArgumentTypeError(f"{name} takes {takes}, got {rest!r}")
     try:
         settings = {key: float(value) for key, _, value in pairs}

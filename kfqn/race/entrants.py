@@ -133,6 +133,7 @@ ENTRANTS: Mapping[str, Entrant] = {
 }
 
 SWEPT = tuple(name for name, entrant in ENTRANTS.items() if not entrant.automatic)
+RACE = ("kfbfgs:auto", "kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # what races unless told otherwise
 FIELD = ("kfbfgs", "kflbfgs", "kfac", "adam", "sgd")  # that of the paper's section 6
 
 
