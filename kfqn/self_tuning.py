@@ -129,21 +129,21 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _slopes(self) -> list[Tensor]:
         """⟨∇f, ΔW⟩ of the automatic layers, the same with L2, and of everything that moved."""
-        own, decays, everything = [], [], []
+        zero = self._layers[0].empty().new_zeros(())
+        slope, decayed, everything = zero, zero, zero
         for group in self.param_groups:
-            decay = group["weight_decay"] * (not group["decoupled_weight_decay"]) if "k" in group else 0.0
+            decay = 0.0 if group.get("decoupled_weight_decay", True) else group["weight_decay"]
             for p in group["params"]:
-                W = self._pending.before.get(p)
-                if W is None or p.grad is None:
+                if p not in self._pending.before or p.grad is None:
                     continue
-                dW, DW = (p - W).flatten(), p.grad.to_dense() if p.grad.is_sparse else p.grad
-                of_loss = torch.linalg.vecdot(DW.flatten(), dW).real.float()
-                everything.append(of_loss)
+                DW = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                W, now, DW = (x.flatten().to(zero) for x in (self._pending.before[p], p, DW))
+                of_loss = torch.linalg.vecdot(DW, now - W)
+                everything = everything + of_loss
                 if group.get("automatic"):
-                    own.append(of_loss)
-                    decays.append(decay * torch.linalg.vecdot(W.flatten(), dW))
-        slope = torch.stack(own).sum()
-        return [slope, slope + torch.stack(decays).sum(), torch.stack(everything).sum()]
+                    slope = slope + of_loss
+                    decayed = decayed + decay * torch.linalg.vecdot(W, now - W)
+        return [slope, slope + decayed, everything]
 
     def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
         if not group["automatic"]:
