@@ -1,4 +1,4 @@
-"""When optimizers that need no settings reach the training loss that each tuned one ends at, by its own clock.
+"""When optimizers that need no settings reach the training loss that each tuned one ends at.
 
     kfqn race --problem digits --optimizers kfbfgs:auto adam sgd ... --out FOLDER
     python benchmarks/untuned.py FOLDER [FOLDER ...]
