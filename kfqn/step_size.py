@@ -74,19 +74,21 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
     """
     rate, rho = trial.rate, trial.rate * trial.factor
     curved = trial.after - trial.before - trial.slope_of_all
-    change = trial.slope + curved  # of the loss, without what other parameters contribute
-    if not math.isfinite(change):
+    if not math.isfinite(curved):
         return _rejected(search, rate * CUT), 0.0
+    foreign = abs(trial.slope_of_all - trial.slope) > abs(trial.slope)
+    if foreign:
+        curved = 0.0  # other parameters weigh more, and nobody can tell whose curvature it is
+    change = trial.slope + curved  # of the loss, without what other parameters contribute
     if not (rho > 0 and trial.D > 0):
         return search._replace(since=0, due=False), 1.0
     a = -trial.regularised / rho / trial.D * (1 - beta**search.steps)
     c = 2 * curved / rho**2 / trial.D if abs(curved) > trial.resolution else 0.0
     usual = search.descent / search.weight if search.weight else max(a, 0.0)
-    if change > max(REJECTED * rho * trial.D * max(usual, LEAST_DESCENT), trial.resolution):
+    if not foreign and change > max(REJECTED * rho * trial.D * max(usual, LEAST_DESCENT), trial.resolution):
         lowest = SHARE * max(usual, a) / c if c > 0 else 0.0
-        return _rejected(search, max(rate * CUT, min(rate / 2, lowest))), min(
-            0.5, max(0.0, -trial.slope / (2 * curved))
-        )
+        share = -trial.slope / (2 * curved) if curved > 0 else 0.0
+        return _rejected(search, max(rate * CUT, min(rate / 2, lowest))), min(0.5, max(0.0, share))
     decay = max(LEAST_DECAY, DECAY**search.since)
     search = search._replace(
         descent=decay * search.descent + (1 - decay) * a,
