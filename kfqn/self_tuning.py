@@ -40,7 +40,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     Before a step that is to be judged the parameters are copied, and put back to the bit if it is rejected;
     a step in between is taken back by the same direction, up to rounding, if the loss of
-    the next batch is far above; the parameters of ``others`` then stay.
+    the next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
     """
 
     def _begin(self) -> None:
@@ -85,6 +85,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         self._pending.clear()
         if loss is not None and self._automatic:
+            self._meet()  # before anything is averaged: every process has to know the same
             (value,) = self._mean([loss])
             if far_above(self._search, value):
                 self._watch.take()
@@ -96,7 +97,6 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _undo(self) -> None:
         """Take back the last step, from which nothing has been learnt, so that P is what it was."""
-        self._meet()
         self._memory.stepped = False
         missing = {*self._missing(self._layers)}
         layers = [layer for layer in self._layers if layer not in missing]
@@ -161,7 +161,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             self._pending.scheduled += gone * group["lr"]
         return scales
 
-    def _check_losses(self, loss: Tensor | None) -> None:
+    def _check_losses(self, loss: Tensor | float | None) -> None:
         if self._automatic and loss is None:
             raise RuntimeError(
                 "lr='auto' judges a step by the loss before and after it: write 'with "
@@ -169,7 +169,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "inside to that of the second."
             )
 
-    def _accepts(self, before: Tensor | None, after: Tensor | None) -> bool:
+    def _accepts(self, before: Tensor | float | None, after: Tensor | float | None) -> bool:
         pending = self._pending
         if not pending.slopes:
             return True
@@ -178,6 +178,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "the second pass has ended without its loss, so the step was taken without learning from it: "
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
+        before, after = torch.as_tensor(before), torch.as_tensor(after)
         f0, f1, slope, regularised, of_all = self._mean([before, after, *pending.slopes])
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0

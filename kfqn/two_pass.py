@@ -47,7 +47,7 @@ class First(NamedTuple):
 class Again:
     """What `second_pass` gives: a place for the loss inside it."""
 
-    loss: Tensor | None = None
+    loss: Tensor | float | None = None
 
 
 class TwoPassOptimizer(KroneckerOptimizer):
@@ -207,7 +207,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         }
 
     @contextlib.contextmanager
-    def second_pass(self, loss: Tensor | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
+    def second_pass(self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
         """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
         For a training loop without closures::
@@ -256,10 +256,10 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """Whether step k, counted from 0, is to have a second pass."""
         return _is_learnt_from(k, group)
 
-    def _check_losses(self, loss: Tensor | None) -> None:
+    def _check_losses(self, loss: Tensor | float | None) -> None:
         """Raise RuntimeError, before the second pass, if it needs the loss of the first."""
 
-    def _accepts(self, before: Tensor | None, after: Tensor | None) -> bool:
+    def _accepts(self, before: Tensor | float | None, after: Tensor | float | None) -> bool:
         """Whether the step stays, given the losses of both passes; if not, it has been taken back."""
         return True
 

@@ -80,7 +80,12 @@ def train(method, how, folder):
             optimizer.step(undone_in_the_end(optimizer, step, closure) if undone else closure)
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: dict(of) for p, of in optimizer.state.items()}
-    saved = {"model": model.state_dict(), "state": state, "diagnostics": optimizer.diagnostics()}
+    saved = {
+        "model": model.state_dict(),
+        "state": state,
+        "diagnostics": optimizer.diagnostics(),
+        "search": optimizer.param_groups[0].get("search"),
+    }
     torch.save(saved, Path(folder) / f"{method}:{how}:{rank}.pt")
 
 

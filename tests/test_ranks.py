@@ -88,6 +88,7 @@ def test_processes_find_the_same_step_size_and_take_back_the_same_steps(tmp_path
     for case, (first, second) in two_processes(cases, tmp_path).items():
         torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
         assert first["diagnostics"][""] == second["diagnostics"][""]
+        assert first["search"] == second["search"]
         undone = case.endswith("undone")
         model, _ = one_process(case.split(":")[0], lr="auto", undone=undone)
         # looser than elsewhere because the curvature is a small difference of losses

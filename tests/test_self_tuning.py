@@ -251,6 +251,20 @@ def test_both_doors_are_the_same_to_the_bit_where_every_step_is_judged(make):
     assert rate(optimizer) == rate(theirs)
 
 
+def test_losses_may_be_told_as_numbers(make):
+    model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
+    optimizer = make(model)
+    loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    optimizer.step()
+    first = rate(optimizer)
+    with optimizer.second_pass(loss.item()) as again:
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        again.loss = loss.item()
+    assert rate(optimizer) > first
+
+
 def test_a_second_pass_without_its_losses_is_an_error(make):
     model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
     optimizer = make(model)

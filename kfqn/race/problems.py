@@ -89,6 +89,23 @@ def _resnet20(classes: int, channels: int, width: int) -> "nn.Module":
     return resnet20(classes, channels, width)
 
 
+def _on_digits(name: str, title: str, model: Callable[[int, int, int], "nn.Module"], width: int) -> Problem:
+    """The digits that need no download, with a network for images of 8×8."""
+    return Problem(
+        name=name,
+        title=title,
+        data=_digits,
+        channels=1,
+        side=8,
+        classes=10,
+        model=model,
+        width=width,
+        epochs=28,
+        batch_size=256,
+        weight_decay=0.0,
+    )
+
+
 def _on_cifar(
     name: str,
     title: str,
@@ -122,32 +139,8 @@ def _on_cifar(
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem(
-            name="digits",
-            title="8×8 digits, small All-CNN",
-            data=_digits,
-            channels=1,
-            side=8,
-            classes=10,
-            model=_small_all_cnn,
-            width=32,
-            epochs=28,
-            batch_size=256,
-            weight_decay=0.0,
-        ),
-        Problem(
-            name="digits-mlp",
-            title="8×8 digits, perceptron",
-            data=_digits,
-            channels=1,
-            side=8,
-            classes=10,
-            model=_mlp,
-            width=64,
-            epochs=28,
-            batch_size=256,
-            weight_decay=0.0,
-        ),
+        _on_digits("digits", "8×8 digits, small All-CNN", _small_all_cnn, 32),
+        _on_digits("digits-mlp", "8×8 digits, perceptron", _mlp, 64),
         _on_cifar("cifar10-allcnn", "CIFAR-10, All-CNN-C", _cifar_10, 10, _all_cnn_c, 96),
         _on_cifar("cifar10-vgg16", "CIFAR-10, VGG16", _cifar_10, 10, _vgg16, 64),
         _on_cifar("cifar10-resnet20", "CIFAR-10, ResNet-20", _cifar_10, 10, _resnet20, 16),
