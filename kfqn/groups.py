@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.layers import Layer
 from kfqn.rules import layers_of, parameters_of
-from kfqn.settings import checked_settings, with_rate
+from kfqn.settings import checked_settings, resolved
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -114,7 +114,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
                     f"{self._name} has no setting {', '.join(map(repr, sorted(unknown)))} for a group of "
                     f"layers: it has {', '.join(self.defaults)}."
                 )
-            settings = with_rate(settings) if "automatic" in self.defaults else settings
+            settings = resolved(settings, self.defaults) if "automatic" in self.defaults else settings
             checked_settings(**settings)
         return parameters, settings, first_order
 

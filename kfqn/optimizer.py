@@ -220,9 +220,12 @@ class KroneckerOptimizer(FactoredOptimizer):
         if broken:
             self._reset(broken, seen, closure)
             moves |= self._moves(broken, averages)
+        sound = {layer: move for layer, move in moves.items() if move.sound}  # the rest is left where it is
+        scales = self._scales(sound)
         for group in self._own_groups():
             group["k"] += bool(layers)
-            self._apply({layer: move for layer, move in moves.items() if self._group(layer) is group}, group)
+        for layer, move in sound.items():
+            self._apply(layer, move, scales[layer])
         if self._others is not None:
             self._others.step()
 
@@ -262,34 +265,32 @@ class KroneckerOptimizer(FactoredOptimizer):
         """α."""
         return float(group["lr"])
 
-    def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
+    def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """How much of each step is taken."""
-        scale = 1.0
-        if group["clip"] is not None:
-            change = self._rate(group) ** 2 * sum(move.slope for move in moves.values())
-            scale = math.sqrt(group["clip"] / change) if change > group["clip"] else 1.0
-        return dict.fromkeys(moves, scale)
+        scales: dict[Layer, float] = {}
+        for group in self._own_groups():
+            slopes = {layer: move.slope for layer, move in moves.items() if self._group(layer) is group}
+            change, clip = self._rate(group) ** 2 * sum(slopes.values()), group["clip"]
+            clipped = clip is not None and change > clip
+            scales |= dict.fromkeys(slopes, math.sqrt(clip / change) if clipped else 1.0)
+        return scales
 
-    def _apply(self, moves: Mapping[Layer, Move], group: Group) -> None:
-        """W ← W − α P for the layers of a group; what is still not sound is left where it is."""
-        moves = {layer: move for layer, move in moves.items() if move.sound}
-        scales = self._scales(moves, group)
-        lr = self._rate(group)
-        for layer, move in moves.items():
-            scale = scales[layer]
-            P = move.P if scale == 1 else move.P * scale
-            if self._owns(layer):
-                state = self.state[layer.weight]
-                P = self._accumulated(P, state, group)
-                for p in layer.parameters():
-                    self.state[p]["step"] += 1
-                state["last"][0] = lr * scale * move.norm
-            else:
-                P = layer.W()
-            self._ranks.send(P, self._owners.get(layer))
-            if group["weight_decay"] and group["decoupled_weight_decay"]:
-                layer.set_(layer.W().mul_(1 - lr * group["weight_decay"]))
-            layer.add_(P, alpha=-lr)
+    def _apply(self, layer: Layer, move: Move, scale: float) -> None:
+        """W ← W − α P."""
+        group = self._group(layer)
+        lr, P = self._rate(group), move.P if scale == 1 else move.P * scale
+        if self._owns(layer):
+            state = self.state[layer.weight]
+            P = self._accumulated(P, state, group)
+            for p in layer.parameters():
+                self.state[p]["step"] += 1
+            state["last"][0] = lr * scale * move.norm
+        else:
+            P = layer.W()
+        self._ranks.send(P, self._owners.get(layer))
+        if group["weight_decay"] and group["decoupled_weight_decay"]:
+            layer.set_(layer.W().mul_(1 - lr * group["weight_decay"]))
+        layer.add_(P, alpha=-lr)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """Start these layers anew from this mini-batch; what is averaged over steps is kept.
@@ -300,7 +301,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             group["k"] = 0  # young factors: see `curvature_interval`
         for layer in layers:
             old = self.state.get(layer.weight, {})
-            kept = {key: old[key] for key in ("DW", "step", "counts", "last") if key in old}
+            kept = {key: old[key] for key in ("DW", "lambda_G", "step", "counts", "last") if key in old}
             with contextlib.suppress(ValueError):
                 if layer in seen or self._ranks.size > 1:
                     self._start_from([layer], seen, closure)

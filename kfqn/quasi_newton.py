@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from kfqn.capture import Seen
 from kfqn.curvature import second_moment_matvec
+from kfqn.damping import damping_A, damping_G, in_units_of
+from kfqn.factors import Moments
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, lbfgs_push_, matvec
 from kfqn.self_tuning import SelfTuningOptimizer
-from kfqn.settings import checked_settings, with_rate
+from kfqn.settings import checked_settings, resolved
 from kfqn.two_pass import First
 
 
@@ -29,7 +31,7 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        return checked_settings(**with_rate(settings)) | {"search": None}
+        return checked_settings(**resolved(settings, {})) | {"search": None, "usual": ()}
 
     @abstractmethod
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
@@ -51,7 +53,21 @@ class KFQN(SelfTuningOptimizer):
         g, rows, inputs = layer.groups, layer.rows, self._inputs(layer)
         H_A = (*inputs.groups, inputs.columns, inputs.columns)
         shapes = {"DW": (*g, rows, layer.columns), "H_A": H_A}
+        if group["relative"]:
+            shapes |= {"lambda_A": inputs.groups, "lambda_G": g}
         return shapes | {"s_G": (*g, rows), "y_G": (*g, rows)} | self._shapes_G(layer, group)
+
+    def _lambda_A(self, A: Tensor, group: Group) -> float | Tensor:
+        if not group["relative"]:
+            return super()._lambda_A(A, group)
+        scaled: Tensor = group["damping"] * damping_A(A)[..., None]
+        return scaled
+
+    def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
+        state = super()._start(layer, moments, group)
+        if group["relative"]:
+            state["lambda_A"].copy_(damping_A(moments["A"]))
+        return state
 
     def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
         return state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
@@ -72,15 +88,23 @@ class KFQN(SelfTuningOptimizer):
         return (*inputs.groups, inputs.columns)
 
     def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
-        y = first.As + math.sqrt(group["damping"]) * first.s  # λ_A = √λ
+        lambda_A: float | Tensor = math.sqrt(group["damping"])
+        if group["relative"]:
+            lambda_A = group["damping"] * state["lambda_A"][..., None]
+        y = first.As + lambda_A * first.s
         used = bfgs_update_(state["H_A"], first.s, y)  # line 14
         self._count(state, {"A taken": used.sum(), "A skipped": (~used).sum()})
 
     def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
+        mu2 = math.sqrt(group["damping"])  # λ_G = √λ
+        if group["relative"]:
+            lambda_G = state["lambda_G"]
+            y = in_units_of(lambda_G.copy_(damping_G(lambda_G, s, y, state["step"])), y)
+            mu2 = group["damping"]
         Hy = self._H_G(state, y[..., None])[..., 0]
         s, y, Hy = (self._blocks_G(x, state) for x in (s, y, Hy))
         ratio = dot(s, y) / dot(y, Hy)
-        damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=math.sqrt(group["damping"]))  # line 17
+        damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=mu2)  # line 17
         self._note_G(state, ratio, ratio < group["mu1"], self._update_G(state, *damped))  # line 18
 
 
@@ -148,7 +172,7 @@ class KFBFGS(KFQN):
         self,
         model: nn.Module,
         lr: float | Literal["auto"] = "auto",
-        damping: float = 3.0,
+        damping: float | Literal["auto"] = "auto",
         *,
         beta: float = 0.9,
         mu1: float = 0.2,
@@ -216,7 +240,7 @@ class KFLBFGS(KFQN):
         self,
         model: nn.Module,
         lr: float | Literal["auto"] = "auto",
-        damping: float = 3.0,
+        damping: float | Literal["auto"] = "auto",
         *,
         history_size: int = 100,
         beta: float = 0.9,

@@ -1,5 +1,7 @@
 """Steps whose size is found on the way: a step with a second pass is judged, and taken back if bad."""
 
+import math
+import statistics
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,18 @@ from kfqn.factors import LayersSeen
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.optimizer import Move
-from kfqn.step_size import FIRST, LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
+from kfqn.step_size import (
+    FIRST,
+    FORGOTTEN,
+    LARGEST,
+    Search,
+    Trial,
+    far_above,
+    judged,
+    stepped,
+    undone,
+    with_loss,
+)
 from kfqn.two_pass import TwoPassOptimizer
 
 
@@ -22,7 +35,7 @@ class Pending:
 
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
-    D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers
+    D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler makes of α
 
@@ -36,7 +49,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     """A `TwoPassOptimizer` with ``lr="auto"``, by the rule of `kfqn.step_size`.
 
     Such a group has ``automatic``, and its ``lr`` is a factor, 1 unless a scheduler changes it, of the rate
-    that all these groups share and keep in ``search``. A state keeps the averaged gradient as ``DW``.
+    that all these groups share and keep in ``search``. Their layers move by the same share of their size,
+    or by less where P is shorter than it was of late (``usual``): how long the directions of two layers are
+    against each other depends on the units of both, and the loss along a step says nothing of it. A state
+    keeps the averaged gradient as ``DW``.
 
     Before a step that is to be judged the parameters are copied, and put back to the bit if it is rejected;
     a step in between is taken back by the same direction, up to rounding, if the loss of
@@ -64,6 +80,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def warm_start(self, batches: Any) -> None:
         super().warm_start(batches)
         self._search = Search()
+        for group in self._automatic:
+            group["usual"] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -145,21 +163,38 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                     decayed = decayed + decay * torch.linalg.vecdot(W, now - W)
         return [slope, slope + decayed, everything]
 
-    def _scales(self, moves: Mapping[Layer, Move], group: Group) -> dict[Layer, float]:
-        if not group["automatic"]:
-            return super()._scales(moves, group)
+    def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
+        scales = super()._scales(moves)
+        own = {layer: move for layer, move in moves.items() if self._group(layer)["automatic"]}
+        usual = self._usual(own)
+        reaches = [share for share in usual.values() if share > 0]
+        if not reaches:
+            return scales
+        mean = math.exp(statistics.fmean(map(math.log, reaches)))
+        largest = LARGEST / len(own)
         if not self._search.rate:
-            reaches = [move.size / move.norm for move in moves.values() if move.norm > 0]
-            self._search = self._search._replace(rate=FIRST * min(reaches, default=0.0))
-        scales, rate = super()._scales(moves, group), self._rate(group)
-        for layer, move in moves.items():
-            reach = rate * scales[layer] * move.norm
-            scales[layer] *= min(1.0, LARGEST * move.size / reach) if reach > 0 else 1.0
+            self._search = self._search._replace(rate=FIRST * largest / mean)
+        left = min(1.0, largest / (self._search.rate * mean))
+        for layer, move in own.items():
+            even = mean / usual[layer] if usual[layer] > 0 else 0.0
+            scales[layer] = even * left
             gone = self._search.rate * scales[layer] * move.slope
-            self._pending.D += move.slope
+            self._pending.D += even * move.slope
             self._pending.gone += gone
-            self._pending.scheduled += gone * group["lr"]
+            self._pending.scheduled += gone * self._group(layer)["lr"]
         return scales
+
+    def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
+        """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
+        usual = {}
+        for group in self._automatic:
+            layers = [layer for layer in self._layers if self._group(layer) is group]
+            before = group["usual"] or (0.0,) * len(layers)
+            for layer, old in zip(layers, before, strict=True):
+                now = moves[layer].norm / moves[layer].size if layer in moves else 0.0
+                usual[layer] = max(now, FORGOTTEN * old)
+            group["usual"] = tuple(usual[layer] for layer in layers)
+        return {layer: usual[layer] for layer in moves}
 
     def _check_losses(self, loss: Tensor | float | None) -> None:
         if self._automatic and loss is None:

@@ -1,6 +1,7 @@
 """Which values the settings of the optimizers may have."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 _RANGES = {  # low, high, whether low itself is allowed
@@ -14,6 +15,7 @@ _RANGES = {  # low, high, whether low itself is allowed
     "clip": (0, math.inf, False),
 }
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
+_DAMPING = 3.0  # where none is given with a fixed learning rate
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:
@@ -32,9 +34,22 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
     return settings
 
 
-def with_rate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with ``lr="auto"`` as a group keeps it: ``automatic``, and a factor of what is found."""
-    if "lr" not in settings:
+def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``lr="auto"`` and ``damping="auto"`` as a group keeps them: as flags, and as factors of what is found.
+
+    ``defaults`` hold in resolved form what the settings leave out. Dampings that are ``relative`` to each
+    layer go with an ``automatic`` rate alone, since only that makes steps of one size of them.
+    """
+    if not settings.keys() & {"lr", "damping"}:
         return settings
-    automatic = isinstance(settings["lr"], str) and settings["lr"] == "auto"
-    return settings | {"lr": 1.0 if automatic else settings["lr"], "automatic": automatic}
+    lr = settings.get("lr", "auto" if defaults.get("automatic") else defaults.get("lr"))
+    damping = settings.get("damping", "auto" if defaults.get("relative") else defaults.get("damping"))
+    automatic = isinstance(lr, str) and lr == "auto"
+    unset = isinstance(damping, str) and damping == "auto"
+    relative = automatic and unset
+    return settings | {
+        "lr": 1.0 if automatic else lr,
+        "automatic": automatic,
+        "damping": 1.0 if relative else _DAMPING if unset else damping,
+        "relative": relative,
+    }

@@ -25,8 +25,9 @@ CUT = 0.1  # the most that a rejected step shrinks the rate by
 UNDONE = 0.3  # a step that the next batch shows to be wrong shrinks it by this
 NOISE = 5.0  # times the usual distance of a batch's loss from their average: far above
 USUAL = 5  # losses until that is known
-FIRST = 0.01  # the first step moves no layer by more than this share of its size
-LARGEST = 0.1  # no step moves a layer by more than this share of its size
+LARGEST = 0.3  # no step moves n layers by more than this share of their sizes, all added up
+FIRST = 0.2  # of that is the first step
+FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
 
 
 class Search(NamedTuple):

@@ -67,6 +67,10 @@ class TwoPassOptimizer(KroneckerOptimizer):
         super()._begin()
         self._firsts: dict[Layer, First] = {}  # of a step whose second pass is to come; changed in place
 
+    def _lambda_A(self, A: Tensor, group: Group) -> float | Tensor:
+        """What is added to the A that H_A starts from, (*g, 1) or one number."""
+        return math.sqrt(group["damping"])
+
     @abstractmethod
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         """What A is asked for, (*g, C), given ā (*g, C): the s whose product A s is wanted."""
@@ -132,7 +136,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         A, shapes = moments["A"], self._shapes(layer, group)
         zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
-        state = {"H_A": inverse_factor(layer, A, math.sqrt(group["damping"]), "H_A")} | zeros
+        state = {"H_A": inverse_factor(layer, A, self._lambda_A(A, group), "H_A")} | zeros
         self._start_G(state)
         return state
 

@@ -24,6 +24,7 @@ ORDER = [
     "layers",
     "rules",
     "curvature",
+    "damping",
     "closures",
     "second_pass",
     "capture",

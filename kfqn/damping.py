@@ -1,0 +1,42 @@
+"""``damping="auto"``: λ_A and λ_G of every layer's own size, where the paper has one √λ for all.
+
+λ_A is a tenth of the mean eigenvalue of the A that H_A starts from. λ_G is the average of ‖y_G‖/‖s_G‖,
+the curvature that is met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G
+that is kept is λ_G times the inverse Hessian, and starts from I whatever the units of the loss are.
+
+Nothing here reads a number back to the host.
+"""
+
+import torch
+from torch import Tensor
+
+SHARE = 0.1  # of the mean eigenvalue of A
+LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
+
+
+def damping_A(A: Tensor) -> Tensor:
+    """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet."""
+    mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.where(mean > _smallest(mean), SHARE * mean, 1.0)
+
+
+def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
+    """λ_G, (*g,), with a pair (*g, I) averaged in: all of it the first time, where ``lambda_G`` is 0.
+
+    ``steps`` have been taken before; a pair without a size leaves λ_G as it was.
+    """
+    length, change = (torch.linalg.vector_norm(x, dim=-1) for x in (s, y))
+    met = change / length
+    known = met.isfinite() & (length > _smallest(length)) & (change > _smallest(change))
+    usual = (1 / steps.clamp(min=1)).clamp(min=LEAST_WEIGHT)
+    weight = torch.where(lambda_G > 0, usual.to(lambda_G), 1.0)
+    return torch.where(known, lambda_G.lerp(met, weight), lambda_G)
+
+
+def in_units_of(lambda_G: Tensor, y: Tensor) -> Tensor:
+    """y/λ_G, (*g, I); y itself where λ_G is not known yet."""
+    return y / torch.where(lambda_G > 0, lambda_G, 1.0)[..., None]
+
+
+def _smallest(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny / torch.finfo(like.dtype).eps

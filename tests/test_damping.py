@@ -1,0 +1,185 @@
+"""``damping="auto"``: what it measures, and what may be rescaled without the training curve noticing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import batches, closure, mlp, odd_cnn
+from test_contract import train
+from torch import nn
+
+import kfqn
+from kfqn.damping import SHARE, damping_A, damping_G, in_units_of
+
+METHODS = {
+    "KFBFGS": kfqn.KFBFGS,
+    "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
+}
+
+
+@pytest.fixture(params=METHODS)
+def make(request):
+    return METHODS[request.param]
+
+
+# --- λ_A and λ_G ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [(), (2,), (2, 3)])
+def test_lambda_A_is_a_share_of_the_mean_eigenvalue(groups):
+    a = torch.randn(*groups, 20, 4, dtype=torch.float64)
+    A = a.mT @ a
+    expected = SHARE * torch.linalg.eigvalsh(A).mean(-1)
+    torch.testing.assert_close(damping_A(A), expected)
+    torch.testing.assert_close(damping_A(1e6 * A), 1e6 * expected)
+
+
+def test_where_nothing_comes_in_lambda_A_is_one():
+    A = torch.stack([torch.zeros(3, 3), torch.eye(3)])
+    torch.testing.assert_close(damping_A(A), torch.tensor([1.0, SHARE]))
+
+
+def test_lambda_G_averages_the_curvature_that_is_met():
+    s, y = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 20.0])  # ‖y‖/‖s‖ = 4
+    first = damping_G(torch.zeros(()), s, y, torch.tensor(30.0))
+    assert first == pytest.approx(4.0)
+    second = damping_G(first, s, 2 * y, torch.tensor(2.0))
+    assert second == pytest.approx((4 + 8) / 2)
+    late = damping_G(second, s, 2 * y, torch.tensor(1000.0))
+    assert late == pytest.approx(6 + 0.05 * 2)
+
+
+@pytest.mark.parametrize("s, y", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (torch.nan, 1.0), (1.0, torch.inf)])
+def test_a_pair_without_a_size_leaves_lambda_G(s, y):
+    known, unknown = torch.tensor([2.0, 0.0])
+    pair = torch.full((3,), s), torch.full((3,), y)
+    assert damping_G(known, *pair, torch.tensor(5.0)) == 2.0
+    assert damping_G(unknown, *pair, torch.tensor(5.0)) == 0.0
+
+
+def test_units():
+    y = torch.tensor([[2.0, 4.0], [6.0, 8.0]])
+    torch.testing.assert_close(in_units_of(torch.tensor([2.0, 0.0]), y), y / torch.tensor([[2.0], [1.0]]))
+
+
+# --- which optimizer has it -----------------------------------------------------------------------------
+
+
+def test_it_is_the_default_of_an_automatic_rate_alone(make):
+    assert {"lambda_A", "lambda_G"} <= state_of(make(mlp())).keys()
+    assert not {"lambda_A", "lambda_G"} & state_of(make(mlp(), lr=1.0)).keys()
+    assert not {"lambda_A", "lambda_G"} & state_of(make(mlp(), damping=0.3)).keys()
+    assert make(mlp(), lr=1.0).param_groups[0]["damping"] == 3.0
+    assert make(mlp(), damping=0.3).param_groups[0]["damping"] == 0.3
+
+
+def state_of(optimizer):
+    model = optimizer._model
+    train(model, optimizer, batches((5,), 2))
+    return optimizer.state[model[0].weight]
+
+
+def test_groups_choose_for_themselves(make):
+    groups = [{"modules": "0", "damping": 0.3}, {"modules": "4", "lr": 0.1}]
+    optimizer = make(odd_cnn(), groups=groups)
+    found = {(g["automatic"], g["relative"], g["damping"]) for g in optimizer.param_groups}
+    assert found == {(True, False, 0.3), (False, False, 3.0), (True, True, 1.0)}
+    train(optimizer._model, optimizer, batches((2, 6, 6), 3))
+
+
+def test_a_word_that_is_not_auto_is_an_error(make):
+    with pytest.raises(ValueError, match="damping must be > 0 and finite, got none"):
+        make(mlp(), damping="none")
+
+
+def test_a_reset_keeps_lambda_G(make):
+    model = mlp()
+    optimizer = make(model)
+    train(model, optimizer, batches((5,), 5))
+    state = optimizer.state[model[0].weight]
+    known = state["lambda_G"].clone()
+    state["H_A"].fill_(torch.nan)
+    with pytest.warns(RuntimeWarning, match="start anew"):
+        train(model, optimizer, batches((5,), 1))
+    assert optimizer.state[model[0].weight]["lambda_G"] == pytest.approx(known.item(), rel=0.5)
+
+
+# --- what it claims -------------------------------------------------------------------------------------
+
+STEPS = 30
+
+
+def without_biases(scale_1=1.0, scale_2=1.0):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(3 * scale_1)  # far above the size that a layer has at least
+        model[2].weight.mul_(3 * scale_2)
+    return model
+
+
+def curve(make, model, scale_of_inputs=1.0, scale_of_loss=1.0):
+    """The loss of every step, in units of the scale."""
+    optimizer, losses = make(model), []
+    torch.manual_seed(4)
+    for x, target in batches((5,), STEPS):
+        step = closure(
+            model,
+            optimizer,
+            scale_of_inputs * x.double(),
+            target,
+            lambda output, y: scale_of_loss * F.cross_entropy(output, y),
+        )
+        losses.append(optimizer.step(step).item() / scale_of_loss)
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1e3])
+def test_the_scale_of_the_loss_does_not_matter(make, c):
+    model = odd_cnn().double()
+    twin = copy.deepcopy(model)
+
+    def losses(model, c):
+        optimizer, found = make(model), []
+        torch.manual_seed(4)
+        for x, target in batches((2, 6, 6), STEPS):
+            scaled = closure(model, optimizer, x.double(), target, lambda o, y: c * F.cross_entropy(o, y))
+            found.append(optimizer.step(scaled).item() / c)
+        return torch.tensor(found)
+
+    whole = losses(model, 1.0)
+    torch.testing.assert_close(losses(twin, c), whole, rtol=1e-5, atol=1e-6)
+    assert whole[-5:].mean() < whole[:5].mean()
+
+
+@pytest.mark.parametrize("c", [0.03, 10.0])
+def test_the_scale_of_the_inputs_does_not_matter(make, c):
+    """The first layer's weights shrink as its inputs grow; it has no bias, whose input would stay 1."""
+    whole = curve(make, without_biases())
+    torch.testing.assert_close(
+        curve(make, without_biases(scale_1=1 / c), scale_of_inputs=c), whole, rtol=1e-5, atol=1e-6
+    )
+    assert whole[-5:].mean() < whole[:5].mean()
+
+
+@pytest.mark.parametrize("c", [0.1, 10.0])
+def test_the_split_of_a_relu_pair_does_not_matter(make, c):
+    whole = curve(make, without_biases())
+    split = curve(make, without_biases(scale_1=c, scale_2=1 / c))
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_with_the_papers_damping_they_do_matter():
+    """So that the tests above can fail."""
+
+    def absolute(model):
+        return kfqn.KFBFGS(model, damping=3.0)
+
+    whole = curve(absolute, without_biases())
+    for changed in (
+        curve(absolute, without_biases(), scale_of_loss=1e3),
+        curve(absolute, without_biases(scale_1=1 / 30), scale_of_inputs=30.0),
+        curve(absolute, without_biases(scale_1=10, scale_2=1 / 10)),
+    ):
+        assert not torch.allclose(changed, whole, rtol=1e-3)
