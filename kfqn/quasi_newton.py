@@ -23,9 +23,9 @@ from kfqn.two_pass import First
 class KFQN(SelfTuningOptimizer):
     """Algorithm 2, open only in how H_G is kept.
 
-    A layer's state: ``DW`` (I, C) the averaged gradient, ``H_A`` (C, C), ``s_G`` and ``y_G``
-    (I,) the averaged pair, with ``damping="auto"`` the numbers ``lambda_A`` and ``lambda_G``, and what the subclass keeps of H_G. Of a factor larger than
-    ``max_factor_size`` the b blocks on its diagonal are kept, (b, …).
+    A layer's state: ``DW`` (I, C) the averaged gradient, ``H_A`` (C, C), ``s_G`` and ``y_G`` (I,) the
+    averaged pair, with ``damping="auto"`` the numbers ``lambda_A`` and ``lambda_G``, and what the subclass
+    keeps of H_G. Of a factor larger than ``max_factor_size`` the b blocks on its diagonal are kept, (b, …).
     """
 
     @staticmethod
@@ -133,8 +133,8 @@ class KFBFGS(KFQN):
             parameters are ignored.
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
             (`kfqn.step_size`), with all layers moving by one share of their size, at most 0.3 over their
-            number, and a step that was bad is taken back. ``lr`` in the group is then a factor, for schedulers; what is found is
-            ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
+            number, and a step that was bad is taken back. ``lr`` in the group is then a factor, for
+            schedulers; what is found is ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
             ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD,
             and too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A and λ_G relative to each

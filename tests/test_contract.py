@@ -538,7 +538,7 @@ def test_a_layer_frozen_by_half_after_the_fact_is_named(make):
 
 
 def test_backward_may_be_called_for_each_part_of_the_loss(make_two_pass):
-    model, ((x, target),) = mlp(), batches((5,), 1)
+    model, ((x, target),) = mlp().double(), batches((5,), 1, dtype=torch.float64)
     twin = copy.deepcopy(model)
     optimizer, twin_optimizer = make_two_pass(model), make_two_pass(twin)
 
@@ -555,7 +555,7 @@ def test_backward_may_be_called_for_each_part_of_the_loss(make_two_pass):
         closure(twin, twin_optimizer, x, target, lambda o, y: F.cross_entropy(o, y) + 0.1 * o.square().mean())
     )
     torch.testing.assert_close(
-        snapshot(model, optimizer), snapshot(twin, twin_optimizer), rtol=1e-4, atol=1e-6
+        snapshot(model, optimizer), snapshot(twin, twin_optimizer), rtol=1e-8, atol=1e-10
     )
 
 

@@ -84,10 +84,10 @@ def test_what_is_unfrozen_later_can_be_added(make):
     train(model, optimizer, data[:2])
     before = model[0].weight.clone()
     model[0].requires_grad_(True)
-    optimizer.add_param_group({"modules": "0", "lr": 0.3})
+    optimizer.add_param_group({"modules": "0", "weight_decay": 0.3})
     train(model, optimizer, data[2:])
     assert not torch.equal(model[0].weight, before)
-    assert optimizer.param_groups[1]["lr"] == 0.3
+    assert optimizer.param_groups[1]["weight_decay"] == 0.3
     assert optimizer.param_groups[1]["damping"] == optimizer.param_groups[0]["damping"]
     assert optimizer.state[model[0].weight].keys() == optimizer.state[model[2].weight].keys()
 
