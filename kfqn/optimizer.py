@@ -265,6 +265,10 @@ class KroneckerOptimizer(FactoredOptimizer):
         """α."""
         return float(group["lr"])
 
+    def _shrinking(self, group: Group) -> float:
+        """What decoupled weight decay is a multiple of."""
+        return self._rate(group)
+
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """How much of each step is taken."""
         scales: dict[Layer, float] = {}
@@ -289,7 +293,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             P = layer.W()
         self._ranks.send(P, self._owners.get(layer))
         if group["weight_decay"] and group["decoupled_weight_decay"]:
-            layer.set_(layer.W().mul_(1 - lr * group["weight_decay"]))
+            layer.set_(layer.W().mul_(1 - self._shrinking(group) * group["weight_decay"]))
         layer.add_(P, alpha=-lr)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:

@@ -38,11 +38,12 @@ class Pending:
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler makes of α
+    share: float = 0.0  # of its size that an automatic layer moves
 
     def clear(self) -> None:
         self.before.clear()
         self.slopes.clear()
-        self.D = self.gone = self.scheduled = 0.0
+        self.D = self.gone = self.scheduled = self.share = 0.0
 
 
 class SelfTuningOptimizer(TwoPassOptimizer, ABC):
@@ -99,6 +100,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _rate(self, group: Group) -> float:
         return super()._rate(group) * (self._search.rate if group["automatic"] else 1.0)
+
+    def _shrinking(self, group: Group) -> float:
+        """α has the units of P here, which differ from layer to layer."""
+        return group["lr"] * self._pending.share if group["automatic"] else super()._shrinking(group)
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         self._pending.clear()
@@ -175,6 +180,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         if not self._search.rate:
             self._search = self._search._replace(rate=FIRST * largest / mean)
         left = min(1.0, largest / (self._search.rate * mean))
+        self._pending.share = self._search.rate * mean * left
         for layer, move in own.items():
             even = mean / usual[layer] if usual[layer] > 0 else 0.0
             scales[layer] = even * left

@@ -14,7 +14,7 @@ import kfqn
 from kfqn.race.data import digits
 from kfqn.race.grids import PRINTED
 from kfqn.race.models import small_all_cnn
-from kfqn.step_size import LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
+from kfqn.step_size import FIRST, LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
 
 METHODS = {
     "KFBFGS": kfqn.KFBFGS,
@@ -161,7 +161,8 @@ def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
             index = [next(i for i, p in enumerate(model.parameters()) if p is q) for q in layer.parameters()]
             W = torch.cat([before[i].flatten() for i in index])
             moved = torch.cat([p.detach().flatten() for p in layer.parameters()]) - W
-            assert moved.norm() <= LARGEST * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
+            bound = LARGEST / len(optimizer._layers)
+            assert moved.norm() <= bound * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
 
 
 def test_a_layer_that_starts_at_zero_moves():
@@ -307,6 +308,17 @@ def test_scaling_the_loss_scales_nothing_else_of_the_first_step(make):
     theirs.step(closure(twin, theirs, x, target, lambda output, y: 1000 * F.cross_entropy(output, y)))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_decoupled_weight_decay_shrinks_by_the_share_that_layers_move(make):
+    """Not by α, whose units are those of P and which may be in the thousands."""
+    model, data = mlp(), batches((5,), 1)
+    twin = copy.deepcopy(model)
+    before = model[0].weight.detach().clone()
+    for net, decay in ((model, 0.0), (twin, 0.1)):
+        train(net, make(net, weight_decay=decay, decoupled_weight_decay=True), data)
+    share = FIRST * LARGEST / 2  # of two layers
+    torch.testing.assert_close(model[0].weight - twin[0].weight, share * 0.1 * before, rtol=1e-3, atol=1e-7)
 
 
 def test_groups_with_a_rate_of_their_own_keep_it(make):
