@@ -10,6 +10,8 @@ Nothing here reads a number back to the host.
 import torch
 from torch import Tensor
 
+from kfqn.secant import smallest
+
 SHARE = 0.1  # of the mean eigenvalue of A
 LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
@@ -17,7 +19,7 @@ LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 def damping_A(A: Tensor) -> Tensor:
     """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet."""
     mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return torch.where(mean > _smallest(mean), SHARE * mean, 1.0)
+    return torch.where(mean > smallest(mean.dtype), SHARE * mean, 1.0)
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
     """
     length, change = (torch.linalg.vector_norm(x, dim=-1) for x in (s, y))
     met = change / length
-    known = met.isfinite() & (length > _smallest(length)) & (change > _smallest(change))
+    known = met.isfinite() & (length > smallest(length.dtype)) & (change > smallest(change.dtype))
     usual = (1 / steps.clamp(min=1)).clamp(min=LEAST_WEIGHT)
     weight = torch.where(lambda_G > 0, usual.to(lambda_G), 1.0)
     return torch.where(known, lambda_G.lerp(met, weight), lambda_G)
@@ -36,7 +38,3 @@ def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
 def in_units_of(lambda_G: Tensor, y: Tensor) -> Tensor:
     """y/λ_G, (*g, I); y itself where λ_G is not known yet."""
     return y / torch.where(lambda_G > 0, lambda_G, 1.0)[..., None]
-
-
-def _smallest(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny / torch.finfo(like.dtype).eps

@@ -39,7 +39,7 @@ def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     sy, Hy = dot(s, y), matvec(H, y)
     u = ((1 + dot(y, Hy) / sy) / 2 * s - Hy) / sy
     su = torch.stack((s, u), dim=-2)
-    usable = (sy > _smallest(sy.dtype))[..., 0] & su.isfinite().all(-1).all(-1)
+    usable = (sy > smallest(sy.dtype))[..., 0] & su.isfinite().all(-1).all(-1)
     su = torch.where(usable[..., None, None], su, 0.0).view(-1, 2, s.shape[-1])
     H.view(-1, *H.shape[-2:]).baddbmm_(su.mT, su.flip(-2))
     return usable
@@ -55,7 +55,7 @@ def lbfgs_push_(S: Tensor, Y: Tensor, s: Tensor, y: Tensor) -> Tensor:
     positive (and large enough to be accurate) and finite, and so are s and y.
     """
     sy = dot(s, y)[..., 0]
-    usable = (sy > _smallest(sy.dtype)) & (sy < math.inf) & (s.isfinite() & y.isfinite()).all(-1)
+    usable = (sy > smallest(sy.dtype)) & (sy < math.inf) & (s.isfinite() & y.isfinite()).all(-1)
     for history, new in ((S, s), (Y, y)):
         pushed = torch.cat((history[..., 1:, :], new[..., None, :]), dim=-2)
         history.copy_(torch.where(usable[..., None, None], pushed, history))
@@ -94,6 +94,6 @@ def matvec(H: Tensor, y: Tensor) -> Tensor:
     return (H @ y[..., None])[..., 0] if y.ndim > 1 else H @ y
 
 
-def _smallest(dtype: torch.dtype) -> float:
+def smallest(dtype: torch.dtype) -> float:
     """A sum of products this small still has all its digits; below, averages that only decay would count."""
     return torch.finfo(dtype).tiny / torch.finfo(dtype).eps

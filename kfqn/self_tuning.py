@@ -179,8 +179,9 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         largest = LARGEST / len(own)
         if not self._search.rate:
             self._search = self._search._replace(rate=FIRST * largest / mean)
-        left = min(1.0, largest / (self._search.rate * mean))
-        self._pending.share = self._search.rate * mean * left
+        reach = self._search.rate * mean
+        left = min(1.0, largest / reach) if reach > 0 else 1.0
+        self._pending.share = reach * left
         for layer, move in own.items():
             even = mean / usual[layer] if usual[layer] > 0 else 0.0
             scales[layer] = even * left
@@ -198,7 +199,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             before = group["usual"] or (0.0,) * len(layers)
             for layer, old in zip(layers, before, strict=True):
                 now = moves[layer].norm / moves[layer].size if layer in moves else 0.0
-                usual[layer] = max(now, FORGOTTEN * old)
+                usual[layer] = max(now, FORGOTTEN * old) if now > 0 else old
             group["usual"] = tuple(usual[layer] for layer in layers)
         return {layer: usual[layer] for layer in moves}
 

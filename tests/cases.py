@@ -56,6 +56,12 @@ LAYERS = {
 }
 
 
+AUTOMATIC = {  # the optimizers that find their step size, name -> maker
+    "KFBFGS": kfqn.KFBFGS,
+    "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
+}
+
+
 def odd_cnn():
     """Stride 2, dilation, no bias, 1×1, in-place ReLU and a Linear head; input (2, 6, 6)."""
     return nn.Sequential(

@@ -5,22 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, mlp, odd_cnn
+from cases import AUTOMATIC, batches, closure, mlp, odd_cnn
 from test_contract import train
 from torch import nn
 
 import kfqn
 from kfqn.damping import SHARE, damping_A, damping_G, in_units_of
 
-METHODS = {
-    "KFBFGS": kfqn.KFBFGS,
-    "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
-}
 
-
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=AUTOMATIC)
 def make(request):
-    return METHODS[request.param]
+    return AUTOMATIC[request.param]
 
 
 # --- λ_A and λ_G ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, mlp, odd_cnn
+from cases import AUTOMATIC, batches, closure, mlp, odd_cnn
 from test_contract import snapshot, train, unchanged
 from torch import nn
 
@@ -16,15 +16,10 @@ from kfqn.race.grids import PRINTED
 from kfqn.race.models import small_all_cnn
 from kfqn.step_size import FIRST, LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
 
-METHODS = {
-    "KFBFGS": kfqn.KFBFGS,
-    "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
-}
 
-
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=AUTOMATIC)
 def make(request):
-    return METHODS[request.param]
+    return AUTOMATIC[request.param]
 
 
 def rate(optimizer):
@@ -163,6 +158,19 @@ def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
             moved = torch.cat([p.detach().flatten() for p in layer.parameters()]) - W
             bound = LARGEST / len(optimizer._layers)
             assert moved.norm() <= bound * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
+
+
+def test_a_layer_without_a_direction_neither_moves_nor_is_forgotten(make):
+    """Forgotten for long enough, its length would be divided by as 0, and make NaN of 0."""
+    model, data = mlp(), batches((5,), 4)
+    optimizer = make(model)
+    train(model, optimizer, data[:2])
+    (usual,) = (group["usual"] for group in optimizer.param_groups)
+    before = model[0].weight.detach().clone()
+    optimizer.state[model[0].weight]["DW"].zero_()
+    train(model, optimizer, [(torch.zeros_like(x), target) for x, target in data[2:]])  # no gradient either
+    assert torch.equal(model[0].weight, before)
+    assert optimizer.param_groups[0]["usual"][0] == usual[0]
 
 
 def test_a_layer_that_starts_at_zero_moves():
