@@ -88,25 +88,25 @@ class Inputs(ABC):
         part.groups, part.channels = (*self.groups, part.blocks.count), part.blocks.size
         return part
 
-    def split(self, V: Tensor) -> Tensor:
-        """(*g, C) or (*g, I, C) of the whole as (*g, b, C) or (*g, b, I, C) of the blocks."""
-        if self.blocks is None:
-            return V
-        fan_in = Blocks(self.blocks.total * self.offsets, self.blocks.size * self.offsets)
-        parts = fan_in.split(V[..., : fan_in.total], -1)
-        if self.homogeneous:
-            ones = self._in_last(V.new_ones(self.blocks.count))[:, None]
-            parts = torch.cat((parts, V[..., None, -1:] * ones), dim=-1)
-        return parts.movedim(-2, len(self.groups) - 1)
+    def times(self, V: Tensor, H: Tensor) -> Tensor:
+        """V H, (*g, I, C) of the whole, for H (*g, C, C) or its blocks, each with its own columns of V.
 
-    def join(self, parts: Tensor) -> Tensor:
-        """The inverse of `split`."""
+        Block by block into the result, so that nothing of V's size is copied.
+        """
         if self.blocks is None:
-            return parts
-        parts = parts.movedim(len(self.groups) - 1, -2)
-        fan_in = Blocks(self.blocks.total * self.offsets, self.blocks.size * self.offsets)
-        V = fan_in.join(parts[..., : fan_in.size], -1)
-        return torch.cat((V, parts[..., -1, -1:]), dim=-1) if self.homogeneous else V
+            return V @ H
+        P = torch.empty_like(V)
+        width, total = self.blocks.size * self.offsets, self.blocks.total * self.offsets
+        for n, H_n in enumerate(H.unbind(-3)):
+            start, end = n * width, min((n + 1) * width, total)
+            if end < total:
+                H_n = H_n[..., :width, :width]  # the homogeneous coordinate is not among its columns
+            elif end - start < width:  # and the last block is filled up with zeros before it
+                kept = [*range(end - start), *([width] if self.homogeneous else [])]
+                H_n = H_n[..., kept, :][..., kept]
+            columns = slice(start, start + H_n.shape[-1])
+            P[..., columns] = V[..., columns] @ H_n
+        return P
 
     def _in_last(self, x: Tensor) -> Tensor:
         """``x`` (*g), but 0 in the blocks that the homogeneous coordinate does not belong to."""

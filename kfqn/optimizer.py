@@ -282,7 +282,7 @@ class KroneckerOptimizer(FactoredOptimizer):
     def _apply(self, layer: Layer, move: Move, scale: float) -> None:
         """W ← W − α P."""
         group = self._group(layer)
-        lr, P = self._rate(group), move.P if scale == 1 else move.P * scale
+        lr, P = self._rate(group), move.P if scale == 1 else move.P.mul_(scale)
         if self._owns(layer):
             state = self.state[layer.weight]
             P = self._accumulated(P, state, group)

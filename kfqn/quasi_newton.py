@@ -74,7 +74,7 @@ class KFQN(SelfTuningOptimizer):
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
-        return self._H_G(state, inputs.join(inputs.split(DW) @ state["H_A"]))  # line 8
+        return self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)

@@ -99,18 +99,33 @@ def test_blocks_of_the_inputs_have_the_blocks_of_a(case, largest):
         assert inputs is layer.inputs
         return
     assert inputs.columns <= max(largest, inputs.offsets + inputs.homogeneous) < layer.columns
-    V = torch.randn(*layer.groups, 2, layer.columns)
-    torch.testing.assert_close(inputs.join(inputs.split(V)), V, rtol=0, atol=0)
-    A = curvature.second_moment(inputs, a)
-    for n, columns in enumerate(inputs.split(second_moment(module, a)).unbind(g)):
-        block = inputs.split(columns.mT).select(g, n).mT
-        torch.testing.assert_close(A.select(g, n), block, **SAME)
-    mean = curvature.mean_activation(inputs, a)
-    torch.testing.assert_close(mean, inputs.split(at.mean((0, -2))), **SAME)
-    v = inputs.split(torch.randn(*layer.groups, layer.columns))
+    chosen = coordinates_of_blocks(inputs)
+    A, whole = curvature.second_moment(inputs, a), second_moment(module, a)
+    for n, E in enumerate(chosen):
+        torch.testing.assert_close(A.select(g, n), E @ whole @ E.mT, **SAME)
+    mean = torch.stack([at.mean((0, -2)) @ E.mT for E in chosen], dim=g)
+    torch.testing.assert_close(curvature.mean_activation(inputs, a), mean, **SAME)
+    x = torch.randn(*layer.groups, layer.columns)
+    v = torch.stack([x @ E.mT for E in chosen], dim=g)
     torch.testing.assert_close(
         curvature.second_moment_matvec(inputs, a, v), (A @ v[..., None])[..., 0], **SAME
     )
+    V, H = torch.randn(*layer.groups, 2, layer.columns), curvature.damped_inverse(A, 0.7)
+    product = sum(V @ E.mT @ H.select(g, n) @ E for n, E in enumerate(chosen))
+    torch.testing.assert_close(inputs.times(V, H), product, **SAME)
+
+
+def coordinates_of_blocks(inputs):
+    """For every block the matrix (C of the block, C) that picks its coordinates out of the whole."""
+    size, offsets, total = inputs.blocks.size, inputs.offsets, inputs.blocks.total
+    chosen = torch.zeros(inputs.blocks.count, inputs.columns, total * offsets + inputs.homogeneous)
+    for channel in range(total):
+        block, place = divmod(channel, size)
+        for k in range(offsets):
+            chosen[block, place * offsets + k, channel * offsets + k] = 1
+    if inputs.homogeneous:
+        chosen[-1, -1, -1] = 1
+    return chosen
 
 
 @pytest.mark.parametrize("padding", [0, 1])  # without padding a block is a view of the input

@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lab import BATCH, TINY, config, kfqn, one_line, write_toy_cifar
+from torch import nn
 
 from kfqn.race import entrants, grids, workers
 from kfqn.race.failure import Failure
 from kfqn.race.report import losses_of
 from kfqn.race.runs import Run
 from kfqn.race.summary import Standing, common_target, rows
-from kfqn.race.train import Trainer, train
+from kfqn.race.train import Trainer, averaged_model, train
 
 
 def without_clock(records):
@@ -103,10 +105,16 @@ def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
     assert run.end()["status"] == "finished"
 
 
-@pytest.mark.parametrize("entrant", entrants.ENTRANTS)
-def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("entrant", "of_trainer"),
+    [
+        *((name, {}) for name in entrants.ENTRANTS),
+        *((name, {"cosine": 1.0, "averaged": 3.0}) for name in ("kfbfgs:auto", "adam")),
+    ],
+)
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_trainer, tmp_path, monkeypatch):
     grid = grids.grid("digits", entrant) if entrant in entrants.SWEPT else [{}]
-    settings = grid[len(grid) // 2]
+    settings = grid[len(grid) // 2] | of_trainer
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
     assert whole.end()["status"] == "finished"
@@ -131,18 +139,44 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, tmp_path
     assert not cut.checkpoint.exists()
 
 
+def test_an_average_of_the_weights_gives_late_steps_more_and_forgets_the_start():
+    model, power, history = nn.Linear(1, 1), 3.0, []
+    average = averaged_model(model, power)
+    for n in range(1, 8):
+        with torch.no_grad():
+            model.weight.fill_(n**2)
+        average.update_parameters(model)
+        history.append(float(n**2))
+    # Shamir and Zhang (2013), section 4: with p = 3 the n-th of N weights counts as (n)(n + 1)(n + 2)
+    shares = [n * (n + 1) * (n + 2) for n in range(1, 8)]
+    expected = sum(share * W for share, W in zip(shares, history, strict=True)) / sum(shares)
+    assert average.module.weight.item() == pytest.approx(expected)
+
+
+def test_a_cosine_ends_at_nothing_and_the_average_is_what_is_read(tmp_path):
+    settings = {"lr": 0.1, "cosine": 1.0, "averaged": 8.0}
+    trainer = Trainer(Run.create(tmp_path, config(entrant="sgd", settings=settings)), None)
+    start = trainer.model.state_dict()["0.weight"].clone()
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    loss, _ = trainer.loss_and_error(trainer.averaged.module, trainer.data.train)
+    assert trainer.records[-1]["train_loss"] == pytest.approx(loss)
+    assert loss != trainer.loss_and_error(trainer.model, trainer.data.train)[0]
+    assert not start.equal(trainer.model.state_dict()["0.weight"])
+
+
 def test_any_torch_optimizer_races_by_its_dotted_name(tmp_path):
     names = [
-        "torch.optim.RMSprop:lr=1e-3,centered=true",
+        "torch.optim.RMSprop:lr=1e-3,centered=true,cosine=1",
         "torch.optim.LBFGS:lr=0.1,max_iter=2",
         "kfqn.KFLBFGS",
     ]
     result = kfqn("race", "--optimizers", *names, *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    for label in ("RMSprop (lr 0.001, centered 1)", "LBFGS (lr 0.1, max_iter 2)", "KFLBFGS  "):
+    for label in ("RMSprop (lr 0.001, centered 1, cosine 1)", "LBFGS (lr 0.1, max_iter 2)", "KFLBFGS  "):
         assert label in result.stdout
     (run,) = (Run(f) for f in (tmp_path / "runs").iterdir() if f.name.startswith("torch.optim.RMSprop"))
-    assert run.config.settings == {"lr": 0.001, "centered": True}
+    assert run.config.settings == {"lr": 0.001, "centered": True, "cosine": 1}
     trainer = Trainer(run, None)
     assert trainer.optimizer.defaults["centered"] is True
     assert trainer.optimizer.defaults["weight_decay"] == run.config.weight_decay
@@ -319,14 +353,22 @@ def test_wrong_use_from_the_command_line(tmp_path):
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr"),
         "kfbfgs takes lr=...,damping=... and, if you like, clip=...,",
-        "warm=..., got 'lr'",
+        "warm=...,cosine=...,averaged=..., got 'lr'",
     )
     one_line(kfqn("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
     one_line(kfqn("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
-    one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=..., got 'lr=1,lr=2'")
+    one_line(kfqn("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=... and, if you like, cosine=...,")
+    one_line(
+        kfqn("race", "--optimizers", "sgd:lr=1,averaged=-1", "--out", tmp_path / "new"),
+        "averaged must be a power >= 0, got -1",
+    )
+    one_line(
+        kfqn("race", "--optimizers", "sgd:lr=1,cosine=1", "--budget", "5", "--out", tmp_path / "new"),
+        "cosine needs to know where it ends: give --epochs",
+    )
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:lr=1"),
-        "interval=...,largest=...,warm=..., got 'lr=1'",
+        "interval=...,largest=...,warm=...,cosine=...,averaged=..., got 'lr=1'",
     )
     one_line(
         kfqn("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),
@@ -334,7 +376,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(
         kfqn("race", "--optimizers", "kfbfgs:auto:lr=1"),
-        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,warm=..., got 'lr=1'",
+        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,warm=...,cosine=...,",
     )
     one_line(kfqn("race", "--optimizers", "kfac:lr=1,damping=1,pi"), "is not of the form key=number")
     one_line(kfqn("race", "--seeds", "0"), "argument --seeds: must be a whole number >= 1, got '0'")

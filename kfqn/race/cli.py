@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT
+from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT, TRAINERS
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME[:KEY=VALUE,...]",
         help=f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
         f"(default: {' '.join(RACE)}); or any torch optimizer by its dotted name, with its own arguments: "
-        "torch.optim.RMSprop:lr=1e-3,centered=true",
+        "torch.optim.RMSprop:lr=1e-3,centered=true; cosine=1 lets the learning rate of any fall to 0 along "
+        "half a cosine, averaged=8 reads loss and error of an average of the weights that forgets all but "
+        "about the last ninth of the steps",
     )
     race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
     add_problem(race)
@@ -233,7 +235,7 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if not rest:
         return name, None
     pairs = [_pair(item) for item in rest.split(",")]
-    tuned, options = ENTRANTS[name].tuned, ENTRANTS[name].options
+    tuned, options = ENTRANTS[name].tuned, (*ENTRANTS[name].options, *TRAINERS)
     given = [key for key, _, _ in pairs]
     if len({*given}) < len(given) or not {*tuned} <= {*given} <= {*tuned, *options}:
         parts = [",".join(f"{key}=..." for key in keys) for keys in (tuned, options) if keys]

@@ -110,7 +110,8 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
     )
 
 
-_OPTIONS = ("clip", "interval", "largest", "warm")  # the last is the trainer's
+TRAINERS = ("cosine", "averaged")  # what the trainer makes of any optimizer, not the optimizer's own
+_OPTIONS = ("clip", "interval", "largest", "warm")  # the last is the trainer's too
 _NAMES = {"interval": "curvature_interval", "largest": "max_factor_size"}
 _AUTOMATIC = ("damping", *_OPTIONS)
 
@@ -174,11 +175,21 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
     )
 
 
-def check_settings(entrant: str, settings: Settings) -> None:
-    """Failure for settings that the optimizer refuses, before anything is trained with them."""
+def of_optimizer(settings: Settings) -> Settings:
+    """The settings without the trainer's."""
+    return {key: value for key, value in settings.items() if key not in TRAINERS}
+
+
+def check_settings(entrant: str, settings: Settings, epochs: int | None) -> None:
+    """Failure for settings that the optimizer or the trainer refuses, before anything is trained."""
     from torch import nn
 
+    if settings.get("averaged", 0.0) < 0:
+        raise Failure(f"averaged must be a power >= 0, got {settings['averaged']:g}.")
+    if settings.get("cosine", 0.0) and epochs is None:
+        raise Failure("cosine needs to know where it ends: give --epochs.")
     try:
-        entrant_of(entrant).build(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), settings, 0.0)
+        small = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        entrant_of(entrant).build(small, of_optimizer(settings), 0.0)
     except ValueError as error:
         raise Failure(f"{entrant} cannot run with these settings: {error}") from error

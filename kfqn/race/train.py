@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel
 
 import kfqn
 from kfqn.closures import Closure
 from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race import processes
 from kfqn.race.data import Dataset, Images
-from kfqn.race.entrants import entrant_of
+from kfqn.race.entrants import entrant_of, of_optimizer
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.runs import Record, Run, atomic_path
 
@@ -75,7 +77,11 @@ class Trainer:
         self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
         self.model = problem.network(config.width).to(self.device)
         self.trained = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
-        self.optimizer = entrant.build(self.trained, config.settings, config.weight_decay)
+        power = config.settings.get("averaged", 0.0)
+        self.averaged = averaged_model(self.model, power) if power else None
+        self.optimizer = entrant.build(self.trained, of_optimizer(config.settings), config.weight_decay)
+        ends = config.epochs * self.steps if config.epochs and config.settings.get("cosine") else None
+        self.schedule = CosineAnnealingLR(self.optimizer, ends) if ends else None
         takes = inspect.signature(self.optimizer.step).parameters
         self.needs_closure = isinstance(self.optimizer, KroneckerOptimizer) or any(
             parameter.default is parameter.empty for parameter in takes.values()
@@ -174,6 +180,10 @@ class Trainer:
         else:
             loss = closure()
             self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return processes.mean(torch.as_tensor(loss).detach())
 
     def closure(self, x: Tensor, y: Tensor) -> Closure:
@@ -187,9 +197,10 @@ class Trainer:
         averaged = (
             self.optimizer.averaged if isinstance(self.optimizer, kfqn.KFAC) else contextlib.nullcontext
         )
+        model = self.model if self.averaged is None else self.averaged.module
         with averaged():
-            train_loss, _ = self.loss_and_error(self.data.train.first(self.config.evaluated))
-            test_loss, test_error = self.loss_and_error(self.data.test.first(self.config.evaluated))
+            train_loss, _ = self.loss_and_error(model, self.data.train.first(self.config.evaluated))
+            test_loss, test_error = self.loss_and_error(model, self.data.test.first(self.config.evaluated))
         record: Record = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -204,12 +215,12 @@ class Trainer:
         return record
 
     @torch.no_grad()
-    def loss_and_error(self, images: Images) -> tuple[float, float]:
+    def loss_and_error(self, model: nn.Module, images: Images) -> tuple[float, float]:
         """Means over the images, in evaluation mode."""
-        self.model.eval()
+        model.eval()
         loss = error = 0.0
         for x, y in self.data.in_order(images):
-            output = self.model(x)
+            output = model(x)
             loss += F.cross_entropy(output, y, reduction="sum").item()
             error += (output.argmax(1) != y).sum().item()
         return loss / len(images), error / len(images)
@@ -233,6 +244,8 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule and self.schedule.state_dict(),
+            "averaged": self.averaged and self.averaged.state_dict(),
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
             "average": self.average,
@@ -251,10 +264,27 @@ class Trainer:
         state = torch.load(self.run.checkpoint, map_location="cpu", weights_only=ours)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         self.average, self.records = state["average"].to(self.device), state["records"]
         self.seconds, self.cpu_seconds, self.warm_start_seconds = state["seconds"]
+
+
+def averaged_model(model: nn.Module, power: float) -> AveragedModel:
+    """An average of the weights over all steps that gives late ones more: polynomial-decay averaging.
+
+    Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization" (2013), section 4. The n-th
+    weights enter with the share (p + 1) / (n + p), so that no length has to be known.
+    """
+
+    def enter(average: Tensor, weights: Tensor, n: Tensor | int) -> Tensor:
+        return average + (weights - average) * ((power + 1) / (n + 1 + power))
+
+    return AveragedModel(model, avg_fn=enter, use_buffers=True)
 
 
 def conditions_of(device: torch.device) -> dict[str, str]:
