@@ -57,6 +57,7 @@ def learning(method: Method, model: nn.Module) -> torch.optim.Optimizer:
 OURS: Mapping[str, Method] = {
     "KF-BFGS": kfqn.KFBFGS,
     "KF-BFGS(L)": kfqn.KFLBFGS,
+    "KF-BFGS, whole factors": partial(kfqn.KFBFGS, max_factor_size=None),
     f"KF-BFGS, factors up to {THRIFTY}": partial(kfqn.KFBFGS, max_factor_size=THRIFTY),
 }
 

@@ -154,7 +154,8 @@ class KFBFGS(KFQN):
             gaps that grow by one every ten steps. 1 is the paper's method to the letter; 10 costs little
             more than one pass a step and ends no worse where both were raced (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
-            most alike that are no larger; neighbouring channels stay together. None keeps factors whole.
+            most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
+            "auto" does so with a number for ``lr``, else it is 512.
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
@@ -183,7 +184,7 @@ class KFBFGS(KFQN):
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int = 10,
-        max_factor_size: int | None = None,
+        max_factor_size: int | Literal["auto"] | None = "auto",
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,
@@ -252,7 +253,7 @@ class KFLBFGS(KFQN):
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int = 10,
-        max_factor_size: int | None = None,
+        max_factor_size: int | Literal["auto"] | None = "auto",
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
         process_group: Any = None,

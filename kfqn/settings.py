@@ -16,6 +16,7 @@ _RANGES = {  # low, high, whether low itself is allowed
 }
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
+_LARGEST = 512  # rows of a factor, where none are given with an automatic one
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:
@@ -35,21 +36,26 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
 
 
 def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``lr="auto"`` and ``damping="auto"`` as a group keeps them: as flags, and as factors of what is found.
+    """What is "auto" of ``lr``, ``damping`` and ``max_factor_size`` as a group keeps it: a flag, and a number.
 
-    ``defaults`` hold in resolved form what the settings leave out. Dampings that are ``relative`` to each
-    layer go with an ``automatic`` rate alone, since only that makes steps of one size of them.
+    ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
+    is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
+    steps of one size of them; and with a number for the rate factors stay whole, as in the paper.
     """
-    if not settings.keys() & {"lr", "damping"}:
+    flags = {"lr": "automatic", "damping": "relative", "max_factor_size": "bounded"}
+    if not settings.keys() & flags.keys():
         return settings
-    lr = settings.get("lr", "auto" if defaults.get("automatic") else defaults.get("lr"))
-    damping = settings.get("damping", "auto" if defaults.get("relative") else defaults.get("damping"))
-    automatic = isinstance(lr, str) and lr == "auto"
-    unset = isinstance(damping, str) and damping == "auto"
-    relative = automatic and unset
-    return settings | {
-        "lr": 1.0 if automatic else lr,
-        "automatic": automatic,
-        "damping": 1.0 if relative else _DAMPING if unset else damping,
-        "relative": relative,
+    given = {
+        key: settings.get(key, "auto" if defaults.get(flag) else defaults.get(key))
+        for key, flag in flags.items()
     }
+    unset = {key: isinstance(value, str) and value == "auto" for key, value in given.items()}
+    automatic, relative = unset["lr"], unset["lr"] and unset["damping"]
+    if automatic:
+        given["lr"] = 1.0
+    if unset["damping"]:
+        given["damping"] = 1.0 if relative else _DAMPING
+    if unset["max_factor_size"]:
+        given["max_factor_size"] = _LARGEST if automatic else None
+    bounded = unset["max_factor_size"]
+    return settings | given | {"automatic": automatic, "relative": relative, "bounded": bounded}

@@ -83,9 +83,28 @@ def test_groups_choose_for_themselves(make):
     train(optimizer._model, optimizer, batches((2, 6, 6), 3))
 
 
+def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(make):
+    def blocks_of(**settings):
+        model = nn.Sequential(nn.Linear(5, 600), nn.ReLU(), nn.Linear(600, 3))
+        optimizer = make(model, **settings)
+        train(model, optimizer, batches((5,), 1))
+        return optimizer.state[model[2].weight]["H_A"].shape
+
+    assert blocks_of() == (2, 301, 301)
+    assert blocks_of(damping=0.3) == (2, 301, 301)
+    assert blocks_of(lr=1.0) == blocks_of(max_factor_size=None) == (601, 601)
+    assert blocks_of(max_factor_size=601) == (601, 601)
+    assert blocks_of(max_factor_size=201, lr=1.0) == (3, 201, 201)
+    assert blocks_of(groups=[{"modules": "2", "lr": 1.0}]) == (601, 601)
+    assert blocks_of(groups=[{"modules": "2", "max_factor_size": 400}]) == (2, 301, 301)
+    assert blocks_of(lr=1.0, groups=[{"modules": "2", "lr": "auto"}]) == (2, 301, 301)
+
+
 def test_a_word_that_is_not_auto_is_an_error(make):
     with pytest.raises(ValueError, match="damping must be > 0 and finite, got none"):
         make(mlp(), damping="none")
+    with pytest.raises(ValueError, match="max_factor_size must be a whole number >= 1, got 'none'"):
+        make(mlp(), max_factor_size="none")
 
 
 def test_a_reset_keeps_lambda_G(make):
