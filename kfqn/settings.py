@@ -36,7 +36,7 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
 
 
 def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What is "auto" of ``lr``, ``damping`` and ``max_factor_size`` as a group keeps it: a flag, and a number.
+    """What is "auto" of ``lr``, ``damping`` and ``max_factor_size`` as a group keeps it: a flag and a number.
 
     ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
     is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
