@@ -2,7 +2,8 @@
 
     python benchmarks/levers.py [--threads 2]
 
-Medians over interleaved rounds, on a 96-channel 3×3 layer on 32×32 images, batch 128.
+Medians over interleaved rounds, on a 96-channel 3×3 layer on 32×32 images, batch 128; on one of 8 channels,
+batch 256; on a `Linear` layer of 4096 × 4096.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
+from kfqn.inputs import Inputs
 from kfqn.race.train import conditions_of
 from kfqn.rules import layers_of
 from kfqn.secant import bfgs_update_
@@ -30,6 +32,22 @@ def eq_13_by_convolution(a: Tensor, v: Tensor) -> Tensor:
     u = F.conv2d(a, filters, v[-1:], padding=1)
     Av = conv2d_weight(a, list(filters.shape), u, padding=1)
     return torch.cat((Av.flatten(), u.sum()[None])) / len(a)
+
+
+def eq_13_for_all_data(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
+    """A v with every map of the batch written out before any is read."""
+    return inputs.weighted_sum(a, inputs.inner(a, v)) / len(a)
+
+
+def product_with_copies(inputs: Inputs, V: Tensor, H: Tensor) -> Tensor:
+    """V H for blocks of H, by cutting V into one batch of pieces and putting the products together again."""
+    assert inputs.blocks is not None
+    pieces = V[:, :-1].unflatten(1, (inputs.blocks.count, -1))
+    ones = torch.zeros(1, inputs.blocks.count, 1)
+    ones[:, -1] = 1
+    products = torch.cat((pieces, V[:, None, -1:] * ones), dim=-1).movedim(1, 0) @ H
+    joined = products[..., :-1].movedim(0, 1).flatten(1)
+    return torch.cat((joined, products[-1, :, -1:]), dim=1)
 
 
 def rank_two_by_outer_products(H: Tensor, s: Tensor, y: Tensor) -> None:
@@ -68,10 +86,24 @@ def main() -> None:
         eq_13_by_convolution(a, v), second_moment_matvec(layer.inputs, a, v), rtol=1e-3, atol=0.1
     )
     s, H = torch.randn(1729), torch.eye(1729)
+    (narrow,), b, w = layers_of(nn.Conv2d(8, 8, 3, padding=1)), torch.randn(256, 8, 32, 32), torch.randn(73)
+    torch.testing.assert_close(
+        eq_13_for_all_data(narrow.inputs, b, w),
+        second_moment_matvec(narrow.inputs, b, w),
+        rtol=1e-3,
+        atol=0.1,
+    )
+    (wide,) = layers_of(nn.Linear(4096, 4096))
+    blocks, V, H_A = wide.inputs.in_blocks(257), torch.randn(4096, 4097), torch.randn(16, 257, 257)
+    torch.testing.assert_close(product_with_copies(blocks, V, H_A), blocks.times(V, H_A), rtol=1e-3, atol=0.1)
     ways: dict[str, Callable[[], object]] = {
         "the layer's own forward pass": lambda: module(a),
         "eq. (13) as a convolution and its weight gradient": lambda: eq_13_by_convolution(a, v),
         "eq. (13) channels first (kept)": lambda: second_moment_matvec(layer.inputs, a, v),
+        "eq. (13), 8 channels, all data at once": lambda: eq_13_for_all_data(narrow.inputs, b, w),
+        "eq. (13), 8 channels, in cache (kept)": lambda: second_moment_matvec(narrow.inputs, b, w),
+        "D̂W H_A in 16 blocks, cut and joined": lambda: product_with_copies(blocks, V, H_A),
+        "D̂W H_A in 16 blocks, one by one (kept)": lambda: blocks.times(V, H_A),
         "mean activation (kept: mean over data first)": lambda: mean_activation(layer.inputs, a),
         "mean of h by h.mean": lambda: h.mean((0, 2, 3)),
         "mean of h by a product (kept)": lambda: mean_preactivation(layer.preactivation(h)),

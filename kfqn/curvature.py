@@ -28,7 +28,7 @@ def mean_activation(inputs: Inputs, a: Tensor) -> Tensor:
 def second_moment_matvec(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
     """A v = E_n[Σ_t (a_t(n)ᵀ v) a_t(n)], (*g, C), eq. (13), without forming A or any a_t.
 
-    On a CPU for a few data at a time, so that its cache holds what is written: up to three times faster.
+    On a CPU for a few data at a time, so that its cache holds what is written.
     """
     data = len(a)
     if a.device.type == "cpu":
