@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT, TRAINERS
+from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT, OF_TRAINER
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
@@ -235,7 +235,7 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if not rest:
         return name, None
     pairs = [_pair(item) for item in rest.split(",")]
-    tuned, options = ENTRANTS[name].tuned, (*ENTRANTS[name].options, *TRAINERS)
+    tuned, options = ENTRANTS[name].tuned, (*ENTRANTS[name].options, *OF_TRAINER)
     given = [key for key, _, _ in pairs]
     if len({*given}) < len(given) or not {*tuned} <= {*given} <= {*tuned, *options}:
         parts = [",".join(f"{key}=..." for key in keys) for keys in (tuned, options) if keys]

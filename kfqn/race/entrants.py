@@ -110,8 +110,8 @@ def _adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch
     )
 
 
-TRAINERS = ("cosine", "averaged")  # what the trainer makes of any optimizer, not the optimizer's own
-_OPTIONS = ("clip", "interval", "largest", "warm")  # the last is the trainer's too
+OF_TRAINER = ("cosine", "averaged")  # settings of any optimizer, which the trainer and not it takes
+_OPTIONS = ("clip", "interval", "largest", "warm")  # the trainer takes the last
 _NAMES = {"interval": "curvature_interval", "largest": "max_factor_size"}
 _AUTOMATIC = ("damping", *_OPTIONS)
 
@@ -177,7 +177,7 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
 
 def of_optimizer(settings: Settings) -> Settings:
     """The settings without the trainer's."""
-    return {key: value for key, value in settings.items() if key not in TRAINERS}
+    return {key: value for key, value in settings.items() if key not in OF_TRAINER}
 
 
 def check_settings(entrant: str, settings: Settings, epochs: int | None) -> None:
