@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfqn import __version__
-from kfqn.race.entrants import ENTRANTS, FIELD, RACE, SWEPT, OF_TRAINER
+from kfqn.race.entrants import ENTRANTS, FIELD, OF_TRAINER, RACE, SWEPT
 from kfqn.race.failure import Failure
 from kfqn.race.grids import SETTINGS, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
