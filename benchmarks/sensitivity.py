@@ -35,7 +35,8 @@ LOST = 1.06  # where crosses are drawn, as a share of the panel's height
 def runs_of(folder: Path) -> list[Run]:
     """The finished runs of automatic optimizers."""
     runs = [Run(place) for place in sorted((folder / "runs").iterdir())]
-    return [run for run in runs if entrant_of(run.config.entrant).automatic and run.epochs()]
+    finished = [run for run in runs if (run.end() or {}).get("status") == "finished"]
+    return [run for run in finished if entrant_of(run.config.entrant).automatic]
 
 
 def points_of(entry: dict[str, Any]) -> list[tuple[float, bool]]:

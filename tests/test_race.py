@@ -363,6 +363,10 @@ def test_wrong_use_from_the_command_line(tmp_path):
         "averaged must be a power >= 0, got -1",
     )
     one_line(
+        kfqn("race", "--optimizers", "sgd:lr=1,cosine=2", "--out", tmp_path / "new"),
+        "cosine must be 1, or 0 for none, got 2",
+    )
+    one_line(
         kfqn("race", "--optimizers", "sgd:lr=1,cosine=1", "--budget", "5", "--out", tmp_path / "new"),
         "cosine needs to know where it ends: give --epochs",
     )

@@ -186,6 +186,8 @@ def check_settings(entrant: str, settings: Settings, epochs: int | None) -> None
 
     if settings.get("averaged", 0.0) < 0:
         raise Failure(f"averaged must be a power >= 0, got {settings['averaged']:g}.")
+    if settings.get("cosine", 0.0) not in (0, 1):
+        raise Failure(f"cosine must be 1, or 0 for none, got {settings['cosine']:g}.")
     if settings.get("cosine", 0.0) and epochs is None:
         raise Failure("cosine needs to know where it ends: give --epochs.")
     try:
