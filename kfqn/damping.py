@@ -1,6 +1,6 @@
 """``damping="auto"``: λ_A and λ_G of every layer's own size, where the paper has one √λ for all.
 
-λ_A is a tenth of the mean eigenvalue of the A that H_A starts from. λ_G is the average of ‖y_G‖/‖s_G‖,
+λ_A is 0.3 of the mean eigenvalue of the A that H_A starts from. λ_G is the average of ‖y_G‖/‖s_G‖,
 the curvature that is met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G
 that is kept is λ_G times the inverse Hessian, and starts from I whatever the units of the loss are.
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfqn.secant import smallest
 
-SHARE = 0.1  # of the mean eigenvalue of A
+SHARE = 0.3  # of the mean eigenvalue of A
 LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
 

@@ -132,7 +132,7 @@ class KFBFGS(KFQN):
             inputs have the batch first, get factors; see ``others`` for what else it trains. Frozen
             parameters are ignored.
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
-            (`kfqn.step_size`), with all layers moving by one share of their size, at most 0.3 over their
+            (`kfqn.step_size`), with all layers moving by one share of their size, at most 0.6 over their
             number, and a step that was bad is taken back. ``lr`` in the group is then a factor, for
             schedulers; what is found is ``diagnostics()[""]["rate"]``. A number is the paper's method, with
             ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the damping and

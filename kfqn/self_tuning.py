@@ -17,7 +17,7 @@ from kfqn.optimizer import Move
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
-    LARGEST,
+    TRUSTED,
     Search,
     Trial,
     far_above,
@@ -25,6 +25,7 @@ from kfqn.step_size import (
     stepped,
     undone,
     with_loss,
+    within_bounds,
 )
 from kfqn.two_pass import TwoPassOptimizer
 
@@ -176,12 +177,11 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         if not reaches:
             return scales
         mean = math.exp(statistics.fmean(map(math.log, reaches)))
-        largest = LARGEST / len(own)
         if not self._search.rate:
-            self._search = self._search._replace(rate=FIRST * largest / mean)
+            self._search = self._search._replace(rate=FIRST * TRUSTED / len(own) / mean)
         reach = self._search.rate * mean
-        left = min(1.0, largest / reach) if reach > 0 else 1.0
-        self._pending.share = reach * left
+        self._pending.share = within_bounds(reach, len(own))
+        left = self._pending.share / reach if reach > 0 else 1.0
         for layer, move in own.items():
             even = mean / usual[layer] if usual[layer] > 0 else 0.0
             scales[layer] = even * left

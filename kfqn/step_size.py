@@ -25,9 +25,20 @@ CUT = 0.1  # the most that a rejected step shrinks the rate by
 UNDONE = 0.3  # a step that the next batch shows to be wrong shrinks it by this
 NOISE = 5.0  # times the usual distance of a batch's loss from their average: far above
 USUAL = 5  # losses until that is known
-LARGEST = 0.3  # no step moves n layers by more than this share of their sizes, all added up
-FIRST = 0.2  # of that is the first step
+TRUSTED = 0.3  # share of their sizes, all added up, that layers move as far as the parabola says
+LARGEST = 0.6  # and that they never move by more than
+FIRST = 0.2  # of what is trusted is the first step
 FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
+
+
+def within_bounds(share: float, layers: int) -> float:
+    """By what share of its size each layer moves, where the parabola asks for ``share``.
+
+    Beyond what is trusted the geometric mean of both: what relative changes of ``layers`` layers do to the
+    output multiplies, which one batch may not show, but a lowest point that is far away is no accident.
+    """
+    trusted = TRUSTED / layers
+    return share if share <= trusted else min(math.sqrt(trusted * share), LARGEST / layers)
 
 
 class Search(NamedTuple):

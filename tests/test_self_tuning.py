@@ -14,7 +14,19 @@ import kfqn
 from kfqn.race.data import digits
 from kfqn.race.grids import PRINTED
 from kfqn.race.models import small_all_cnn
-from kfqn.step_size import FIRST, LARGEST, Search, Trial, far_above, judged, stepped, undone, with_loss
+from kfqn.step_size import (
+    FIRST,
+    LARGEST,
+    TRUSTED,
+    Search,
+    Trial,
+    far_above,
+    judged,
+    stepped,
+    undone,
+    with_loss,
+    within_bounds,
+)
 
 
 @pytest.fixture(params=AUTOMATIC)
@@ -144,6 +156,17 @@ def test_no_rate_or_damping_of_the_papers_grid_diverges(make, images, lr, dampin
     optimizer.param_groups[0]["search"] = tuple(Search(rate=lr))
     losses = [train(model, optimizer, images[1])[-1] for _ in range(6)]
     assert losses[-1] < 2.0
+
+
+@pytest.mark.parametrize("layers", [1, 3, 100])
+def test_a_share_beyond_what_is_trusted_counts_by_its_root(layers):
+    trusted = TRUSTED / layers
+    assert within_bounds(0.0, layers) == 0.0
+    assert within_bounds(0.7 * trusted, layers) == 0.7 * trusted
+    assert within_bounds(2.25 * trusted, layers) == pytest.approx(1.5 * trusted)
+    assert within_bounds(1e9, layers) == within_bounds(math.inf, layers) == LARGEST / layers
+    shares = [within_bounds(trusted * k / 10, layers) for k in range(100)]
+    assert shares == sorted(shares)
 
 
 def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
@@ -325,7 +348,7 @@ def test_decoupled_weight_decay_shrinks_by_the_share_that_layers_move(make):
     before = model[0].weight.detach().clone()
     for net, decay in ((model, 0.0), (twin, 0.1)):
         train(net, make(net, weight_decay=decay, decoupled_weight_decay=True), data)
-    share = FIRST * LARGEST / 2  # of two layers
+    share = FIRST * TRUSTED / 2  # of two layers
     torch.testing.assert_close(model[0].weight - twin[0].weight, share * 0.1 * before, rtol=1e-3, atol=1e-7)
 
 
