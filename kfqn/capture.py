@@ -201,13 +201,13 @@ class Watch:
     @contextlib.contextmanager
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
         """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
-        outside = self._look, self._seen, self._token, self._batch, self._arrived
+        outside = self._look, self._seen, self._token, self._batch, self._arrived, self.ran
         self._look, self._replay = look, iter(replay)
         self.forget()
         try:
             yield self._seen
         finally:
-            self._look, self._seen, self._token, self._batch, self._arrived = outside
+            self._look, self._seen, self._token, self._batch, self._arrived, self.ran = outside
             self._replay = iter(())
 
     def start(self) -> None:

@@ -82,8 +82,8 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _start_G(self, state: State) -> None:
         """An empty history already stands for I (line 1)."""
 
-    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        return DW  # without momentum
+    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
+        return layer.DW(self._decay(group))  # without momentum
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])

@@ -105,7 +105,7 @@ class Inputs(ABC):
                 kept = [*range(end - start), *([width] if self.homogeneous else [])]
                 H_n = H_n[..., kept, :][..., kept]
             columns = slice(start, start + H_n.shape[-1])
-            P[..., columns] = V[..., columns] @ H_n
+            torch.matmul(V[..., columns], H_n, out=P[..., columns])
         return P
 
     def _in_last(self, x: Tensor) -> Tensor:

@@ -169,14 +169,16 @@ class KFAC(KroneckerOptimizer):
         }
         return state | ({"mean_W": layer.W()} if group["averaging"] else {})
 
-    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        return DW if group["momentum"] else state["DW"].lerp_(DW, 1 - group["beta"])  # line 6
+    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
+        if group["momentum"]:
+            return layer.DW(self._decay(group))
+        return layer.average_DW_(state["DW"], group["beta"], self._decay(group))  # line 6
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7
 
-    def _accumulated(self, P: Tensor, state: State, group: Group) -> Tensor:
-        return state["DW"].mul_(group["momentum"]).add_(P) if group["momentum"] else P
+    def _momentum(self, group: Group) -> float:
+        return float(group["momentum"])
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
         if closure is None:

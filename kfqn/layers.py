@@ -73,47 +73,58 @@ class Layer(ABC):
         """The parameters as one matrix (*g, I, C)."""
         return self._matrix(self.weight, self.bias)
 
-    def DW(self) -> Tensor | None:
-        """The gradients as one matrix (*g, I, C), on the scale of ``.grad``; None without any.
+    def gradients(self) -> list[Tensor]:
+        """``.grad`` of weight and bias, or nothing.
 
-        Raises RuntimeError if only one of weight and bias has a gradient.
+        Raises RuntimeError if only one of them has any.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not gradients:
-            return None
-        if len(gradients) < len(self.parameters()):
+        if 0 < len(gradients) < len(self.parameters()):
             raise RuntimeError(
                 f"{self} got a gradient for only one of weight and bias, and the two form one matrix here: "
                 "freeze both or neither, before the optimizer is built."
             )
-        return self._matrix(gradients[0], gradients[1] if len(gradients) > 1 else None)
+        return gradients
+
+    def DW(self, decay: float = 0.0) -> Tensor:
+        """The gradients as one matrix (*g, I, C), on the scale of ``.grad``, with ``decay`` × W added."""
+        weight, *bias = self.gradients()
+        DW = self._matrix(weight, bias[0] if bias else None)
+        for p, part in self._parts(DW) if decay else ():
+            part.add_(p, alpha=decay)
+        return DW
+
+    def average_DW_(self, average: Tensor, beta: float, decay: float) -> Tensor:
+        """D̂W = β D̂W + (1 − β) DW in place, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added.
+
+        DW is not written out: beside a large layer's gradient there would be no room for it.
+        """
+        for p, part in self._parts(average):
+            assert p.grad is not None
+            part.lerp_(p.grad.to(part.dtype), 1 - beta)
+            if decay:
+                part.add_(p, alpha=(1 - beta) * decay)
+        return average
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]
         return torch.cat(columns, dim=1).to(self.dtype).view(*self.groups, self.rows, self.columns)
 
-    def add_to_(self, D: Tensor, alpha: float) -> None:
-        """D += alpha W in place, for D of shape (*g, I, C)."""
-        rows = D.view(len(self.weight), self.columns)
-        rows[:, : self.fan_in].add_(self.weight.flatten(1), alpha=alpha)
-        if self.bias is not None:
-            rows[:, self.fan_in].add_(self.bias, alpha=alpha)
-
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (*g, I, C)."""
-        for p, part in self._parts(P):
+        for p, part in self._parts(P.contiguous()):
             p.add_(part, alpha=alpha)  # rounded to the parameter's type once
 
     def set_(self, W: Tensor) -> None:
         """Make W, of shape (*g, I, C), the parameters, in place."""
-        for p, part in self._parts(W):
+        for p, part in self._parts(W.contiguous()):
             p.copy_(part)
 
     def _parts(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with its share of a matrix (*g, I, C)."""
-        yield self.weight, W[..., : self.fan_in].reshape(self.weight.shape)
+        """Each parameter with a view of its share of a matrix (*g, I, C)."""
+        yield self.weight, W[..., : self.fan_in].view(self.weight.shape)
         if self.bias is not None:
-            yield self.bias, W[..., self.fan_in].reshape(self.bias.shape)
+            yield self.bias, W[..., self.fan_in].view(self.bias.shape)
 
     @abstractmethod
     def preactivation(self, h: Tensor) -> Tensor:

@@ -72,16 +72,16 @@ class KroneckerOptimizer(FactoredOptimizer):
         """Raise TypeError or ValueError for a closure that cannot be used, before it is called."""
 
     @abstractmethod
-    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        """D̂W, (*g, I, C), from the mini-batch gradient DW (*g, I, C)."""
+    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
+        """D̂W, (*g, I, C), from the mini-batch gradient of the layer and `_decay` × W."""
 
     @abstractmethod
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         """P in W ← W − α P, (*g, I, C), from D̂W."""
 
-    def _accumulated(self, P: Tensor, state: State, group: Group) -> Tensor:
-        """P with what a momentum of its own adds, after clipping."""
-        return P
+    def _momentum(self, group: Group) -> float:
+        """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
+        return 0.0
 
     @abstractmethod
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
@@ -151,48 +151,47 @@ class KroneckerOptimizer(FactoredOptimizer):
         if closure is not None and not seen and not ran:
             raise RuntimeError(self._nothing_ran)
         self._meet()
-        gradients = self._gradients(seen)
-        if closure is not None and not gradients:
+        layers = self._with_gradients(seen)
+        if closure is not None and not layers:
             raise RuntimeError(
                 f"the closure given to {self._name}.step left no gradient on any layer: call "
                 "loss.backward() inside it, on a loss that depends on the model."
             )
-        self._memory.stepped = bool(gradients)
-        if not self._finite(loss, gradients):
+        self._memory.stepped = bool(layers)
+        if not self._finite(loss, layers):
             return None
-        self._start_from(self._missing(gradients), seen, closure)
-        layers = [*gradients]
-        self._update(layers, gradients, seen, closure)
+        self._start_from(self._missing(layers), seen, closure)
+        self._update(layers, seen, closure)
         return {layer: seen[layer] for layer in layers if layer in seen}
 
-    def _gradients(self, seen: LayersSeen) -> dict[Layer, Tensor]:
-        """DW of every layer that got a gradient, L2 included."""
-        gradients: dict[Layer, Tensor] = {}
+    def _with_gradients(self, seen: LayersSeen) -> list[Layer]:
+        """The layers that got a gradient."""
+        layers = []
         for layer in self._layers:
-            DW, group = layer.DW(), self._group(layer)
-            if DW is None:
+            gradients = layer.gradients()
+            if not gradients:
                 continue
-            if layer not in seen and self._watch.awake and self._ranks.size == 1 and not DW.any():
+            unseen = layer not in seen and self._watch.awake and self._ranks.size == 1
+            if unseen and not any(g.any() for g in gradients):
                 if not self.state.get(layer.weight):  # torch.distributed.checkpoint asks for states this way
                     self._enter(layer, self._empty_state(layer))
                 continue
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                layer.add_to_(DW, alpha=group["weight_decay"])
-            gradients[layer] = DW
-        return gradients
+            layers.append(layer)
+        return layers
 
-    def _finite(self, loss: Tensor | None, gradients: Mapping[Layer, Tensor]) -> bool:
+    def _decay(self, group: Group) -> float:
+        """What times W is added to gradients: L2 regularisation."""
+        return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+
+    def _finite(self, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
         """Whether the step can be taken; if not, that is counted, or FloatingPointError raised."""
         others = self._others.param_groups if self._others is not None else []
         gradients_of_others = (p.grad for group in others for p in group["params"])
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients_of_others if g is not None]
         values = [g for g in values if g.numel()]
-        values += gradients.values()
+        values += (g for layer in layers for g in layer.gradients())
         values += [] if loss is None else [loss.detach()]
-        if not values:
-            return True
-        each = [torch.linalg.vector_norm(v, math.inf).isfinite().to(values[0].device) for v in values]
-        if self._ranks.all(torch.stack(each).all()):
+        if not values or any(self._ranks.all(_are_finite(values, order)) for order in (2.0, math.inf)):
             return True
         message = "the loss or a gradient is not finite, so the step was refused and nothing was changed"
         if self._error_if_nonfinite:
@@ -202,19 +201,13 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
         return False
 
-    def _update(
-        self, layers: Sequence[Layer], gradients: dict[Layer, Tensor], seen: LayersSeen, closure: Any
-    ) -> None:
-        """Move every parameter; a layer whose factors turn out to be broken starts anew first.
-
-        ``gradients`` is emptied, so that what has been averaged takes no memory any more.
-        """
+    def _update(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
+        """Move every parameter; a layer whose factors turn out to be broken starts anew first."""
         averages = {
-            layer: self._average(gradients.pop(layer), self.state[layer.weight], self._group(layer))
+            layer: self._average(layer, self.state[layer.weight], self._group(layer))
             for layer in layers
             if self._owns(layer)
         }
-        gradients.clear()
         moves = self._moves(layers, averages)
         broken = [layer for layer, move in moves.items() if not move.sound]
         if broken:
@@ -281,11 +274,12 @@ class KroneckerOptimizer(FactoredOptimizer):
 
     def _apply(self, layer: Layer, move: Move, scale: float) -> None:
         """W ← W − α P."""
-        group = self._group(layer)
-        lr, P = self._rate(group), move.P if scale == 1 else move.P.mul_(scale)
+        group, P = self._group(layer), move.P
+        lr, momentum = self._rate(group), self._momentum(group)
         if self._owns(layer):
             state = self.state[layer.weight]
-            P = self._accumulated(P, state, group)
+            if momentum:
+                P = state["DW"].mul_(momentum).add_(P, alpha=scale)
             for p in layer.parameters():
                 self.state[p]["step"] += 1
             state["last"][0] = lr * scale * move.norm
@@ -294,7 +288,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._ranks.send(P, self._owners.get(layer))
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             layer.set_(layer.W().mul_(1 - self._shrinking(group) * group["weight_decay"]))
-        layer.add_(P, alpha=-lr)
+        layer.add_(P, alpha=-lr if momentum else -lr * scale)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """Start these layers anew from this mini-batch; what is averaged over steps is kept.
@@ -316,3 +310,9 @@ class KroneckerOptimizer(FactoredOptimizer):
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."
         )
+
+
+def _are_finite(values: Sequence[Tensor], order: float) -> Tensor:
+    """Whether all entries are. The norm of order 2 is by far the fastest, but may overflow."""
+    each = [torch.linalg.vector_norm(v, order).isfinite().to(values[0].device) for v in values]
+    return torch.stack(each).all()

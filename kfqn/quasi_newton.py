@@ -69,8 +69,8 @@ class KFQN(SelfTuningOptimizer):
             state["lambda_A"].copy_(damping_A(moments["A"]))
         return state
 
-    def _average(self, DW: Tensor, state: State, group: Group) -> Tensor:
-        return state["DW"].lerp_(DW, 1 - group["beta"])  # line 7; decisions.md, 1
+    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
+        return layer.average_DW_(state["DW"], group["beta"], self._decay(group))  # line 7; decisions.md, 1
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
@@ -155,7 +155,7 @@ class KFBFGS(KFQN):
             more than one pass a step and ends no worse where both were raced (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
-            "auto" does so with a number for ``lr``, else it is 512.
+            "auto" does so with a number for ``lr``, else it is 256.
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;

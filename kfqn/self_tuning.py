@@ -38,7 +38,7 @@ class Pending:
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
-    scheduled: float = 0.0  # the same with what a scheduler makes of α
+    scheduled: float = 0.0  # the same with what a scheduler and patience make of α
     share: float = 0.0  # of its size that an automatic layer moves
 
     def clear(self) -> None:
@@ -100,11 +100,17 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return super()._is_due(k, group) or (bool(self._automatic) and self._search.due)
 
     def _rate(self, group: Group) -> float:
-        return super()._rate(group) * (self._search.rate if group["automatic"] else 1.0)
+        return self._factor(group) * self._search.rate if group["automatic"] else super()._rate(group)
+
+    def _factor(self, group: Group) -> float:
+        """What a scheduler and the losses so far leave of the steps that are found."""
+        return float(group["lr"]) * self._search.left
 
     def _shrinking(self, group: Group) -> float:
         """α has the units of P here, which differ from layer to layer."""
-        return group["lr"] * self._pending.share if group["automatic"] else super()._shrinking(group)
+        if not group["automatic"]:
+            return super()._shrinking(group)
+        return self._factor(group) * self._pending.share
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         self._pending.clear()
@@ -134,11 +140,9 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             self._ranks.send(P, self._owners.get(layer))
             layer.add_(P, alpha=1.0)
 
-    def _update(
-        self, layers: Sequence[Layer], gradients: dict[Layer, Tensor], seen: LayersSeen, closure: Any
-    ) -> None:
+    def _update(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         if not self._automatic:
-            super()._update(layers, gradients, seen, closure)
+            super()._update(layers, seen, closure)
             return
         judged = any(self._is_due(group["k"], group) for group in self._own_groups())
         if judged:
@@ -147,7 +151,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         for layer in {*self._layers} - {*layers}:
             if layer.weight in self.state:
                 self.state[layer.weight]["last"][0] = 0.0
-        super()._update(layers, gradients, seen, closure)
+        super()._update(layers, seen, closure)
         self._search = stepped(self._search, judged)
         self._pending.slopes.extend(self._slopes() if judged else [])
 
@@ -188,7 +192,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             gone = self._search.rate * scales[layer] * move.slope
             self._pending.D += even * move.slope
             self._pending.gone += gone
-            self._pending.scheduled += gone * self._group(layer)["lr"]
+            self._pending.scheduled += gone * self._factor(self._group(layer))
         return scales
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
@@ -226,6 +230,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))
         trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
+        if self._memory.loss is None:  # a loop without closures tells losses here only
+            self._search = with_loss(self._search, f0)
         self._search, share = judged(self._search, trial, self._automatic[0]["beta"])
         if share < 1:
             for p, W in pending.before.items():

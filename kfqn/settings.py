@@ -16,7 +16,7 @@ _RANGES = {  # low, high, whether low itself is allowed
 }
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
-_LARGEST = 512  # rows of a factor, where none are given with an automatic one
+_LARGEST = 256  # rows of a factor, where none are given with an automatic one
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:

@@ -28,6 +28,9 @@ USUAL = 5  # losses until that is known
 TRUSTED = 0.3  # share of their sizes, all added up, that layers move as far as the parabola says
 LARGEST = 0.6  # and that they never move by more than
 FIRST = 0.2  # of what is trusted is the first step
+PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
+CERTAINTY = 20.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
+LEAST = 0.01  # of the steps that the losses ask for is always taken
 FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
 
 
@@ -54,6 +57,11 @@ class Search(NamedTuple):
     loss: float = 0.0  # average over batches, the last weighing most
     noise: float = 0.0  # and the average distance from it
     losses: int = 0
+    trend: float = 0.0  # average over as many batches as patience lasts,
+    start: float = 0.0  # what it was once the first have passed,
+    lowest: float = 0.0  # the lowest it has been since,
+    idle: int = 0  # and how many batches ago
+    left: float = 1.0  # of the steps, after halvings
     open: bool = False  # whether the last step was not judged, and can be undone
     due: bool = False  # whether the next step has to be judged, whatever the cadence
     rejected: int = 0  # steps taken back so far
@@ -154,10 +162,31 @@ def with_loss(search: Search, loss: float) -> Search:
     if not math.isfinite(loss):
         return search
     if not search.losses:
-        return search._replace(loss=loss, losses=1)
+        return search._replace(loss=loss, losses=1, trend=loss)
     distance = abs(loss - search.loss)
     noise = distance if search.losses == 1 else DECAY * search.noise + (1 - DECAY) * distance
-    return search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise, losses=search.losses + 1)
+    search = search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise, losses=search.losses + 1)
+    return _patient(search, loss)
+
+
+def _patient(search: Search, loss: float) -> Search:
+    """Halve the steps where the loss has not become lower for too long: what is left is the noise of batches.
+
+    No horizon has to be known. In p batches the progress Δ of n batches goes on by Δ p/n, and an average over
+    p is known to σ/√p; patience is the p at which the first would be many times the second.
+    """
+    n, progress = search.losses - PATIENCE, search.start - search.lowest
+    if n <= 0:  # the first losses may be far off
+        return search._replace(trend=search.loss, start=search.loss, lowest=search.loss)
+    patience = math.inf
+    if progress > 2 * search.noise:
+        patience = max(PATIENCE, (CERTAINTY * search.noise * n / progress) ** (2 / 3))
+    trend = search.trend + (loss - search.trend) / min(n + 1, patience)
+    if trend < search.lowest - search.noise / math.sqrt(patience):
+        return search._replace(trend=trend, lowest=trend, idle=0)
+    if search.idle < patience:
+        return search._replace(trend=trend, idle=search.idle + 1)
+    return search._replace(trend=trend, lowest=trend, idle=0, left=max(LEAST, search.left / 2))
 
 
 def stepped(search: Search, judged: bool) -> Search:

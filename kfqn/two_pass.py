@@ -233,7 +233,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, nothing ran inside, or a loss that is needed is missing.
         """
-        if not self._memory.stepped and not self._watch.waiting:
+        if not self._memory.stepped and not self._watch.waiting and not self._watch.ran:
             raise RuntimeError(
                 "second_pass learns from the step just taken, but there was none since the last: call "
                 f"{self._name}.step() first."
@@ -242,7 +242,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
             self._check_losses(loss)
         firsts, memory, again = dict(self._firsts), self._memory, Again()
         self._firsts.clear()
-        memory.stepped = False
+        memory.stepped = self._watch.ran = False
         look = replace(self._first_look, inputs=False, frozen=True)
         with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:

@@ -57,6 +57,14 @@ def test_a_step_that_is_not_finite_is_refused_counted_and_said_once(make, where,
     assert unchanged(snapshot(twin, theirs), snapshot(model, optimizer))
 
 
+def test_gradients_whose_squares_overflow_are_finite(make):
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    optimizer = make(model)
+    optimizer.step(kfqn.closure(model, x, target, lambda o, y: F.cross_entropy(o, y) * 1e25))
+    assert model[0].weight.grad.square().isinf().any()
+    assert optimizer.diagnostics()[""]["refused"] == 0
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_raises_instead_if_asked_to(name):
     model = mlp()

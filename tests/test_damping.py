@@ -90,14 +90,14 @@ def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(ma
         train(model, optimizer, batches((5,), 1))
         return optimizer.state[model[2].weight]["H_A"].shape
 
-    assert blocks_of() == (2, 301, 301)
-    assert blocks_of(damping=0.3) == (2, 301, 301)
+    assert blocks_of() == (3, 201, 201)
+    assert blocks_of(damping=0.3) == (3, 201, 201)
     assert blocks_of(lr=1.0) == blocks_of(max_factor_size=None) == (601, 601)
     assert blocks_of(max_factor_size=601) == (601, 601)
     assert blocks_of(max_factor_size=201, lr=1.0) == (3, 201, 201)
     assert blocks_of(groups=[{"modules": "2", "lr": 1.0}]) == (601, 601)
     assert blocks_of(groups=[{"modules": "2", "max_factor_size": 400}]) == (2, 301, 301)
-    assert blocks_of(lr=1.0, groups=[{"modules": "2", "lr": "auto"}]) == (2, 301, 301)
+    assert blocks_of(lr=1.0, groups=[{"modules": "2", "lr": "auto"}]) == (3, 201, 201)
 
 
 def test_a_word_that_is_not_auto_is_an_error(make):

@@ -392,6 +392,26 @@ def test_fp16_autocast_with_a_scaler_whose_first_steps_overflow(make):
     assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
 
 
+def test_a_step_skipped_between_second_passes_asks_for_none(make):
+    """As by a `GradScaler`; the first pass is then not looked at, but it was there."""
+    model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
+    optimizer = make(model, curvature_interval=10)
+    by_hand(model, optimizer, x, target)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["k"] = 101
+    optimizer.load_state_dict(state)
+    by_hand(model, optimizer, x, target)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    backward(model, x, target)  # and no step
+    with optimizer.second_pass():
+        backward(model, x, target)
+    assert str(before) == str(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="there was none since the last"):
+        with optimizer.second_pass():
+            backward(model, x, target)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_second_pass_that_is_not_finite_skips_curvature_only(make, bad):
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)

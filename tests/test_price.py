@@ -49,7 +49,7 @@ def operations(model, make, m):
         (lambda: all_cnn_c(10), 256, {}, 1.70, 1.02),
         (lambda: resnet20(10), 256, {}, 1.72, 1.02),
         (lambda: vgg16(10), 128, {"max_factor_size": 128}, 1.77, 1.10),
-        (lambda: vgg16(10), 128, {"max_factor_size": 512}, 1.92, 1.25),
+        (lambda: vgg16(10), 128, {"max_factor_size": 256}, 1.80, 1.13),
     ],
     ids=["All-CNN-C", "ResNet-20", "VGG16, small factors", "VGG16, factors of the default"],
 )

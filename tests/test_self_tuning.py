@@ -17,6 +17,7 @@ from kfqn.race.models import small_all_cnn
 from kfqn.step_size import (
     FIRST,
     LARGEST,
+    LEAST,
     TRUSTED,
     Search,
     Trial,
@@ -122,6 +123,45 @@ def test_a_loss_far_above_the_usual_shows_an_open_step_only():
     assert not far_above(after, 9.0)  # never two in a row
     assert after.rate == pytest.approx(0.3)
     assert after.due
+
+
+def left_by(losses):
+    """What is left of the steps after every one of these losses."""
+    search, left = Search(rate=1.0), []
+    for loss in losses:
+        search = with_loss(search, loss)
+        left.append(search.left)
+    return left
+
+
+def noise(count, seed=0):
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(("c", "shift"), [(1.0, 0.0), (1e-6, 0.0), (100.0, -30.0)])
+def test_steps_are_halved_where_the_loss_is_only_noise_and_not_before(c, shift):
+    falling = [2.0 - 0.002 * min(n, 1000) for n in range(3000)]  # and then no more
+    left = left_by([c * (f + 0.05 * e) + shift for f, e in zip(falling, noise(3000), strict=True)])
+    assert set(left[:1000]) == {1.0}
+    assert 1000 < left.index(0.5) < 1500
+    assert sorted(left, reverse=True) == left
+    assert left[-1] == LEAST
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("size", "fall"),
+    [
+        (0.25, lambda n: 1 + 1.3 * math.exp(-n / 4000)),
+        (0.25, lambda n: 1 + 1.3 * math.exp(-n / 4000) + 30 * (n < 3)),
+        (0.25, lambda n: 2.3 * (1 + n / 300) ** -0.3),
+        (0.06, lambda n: 2.3 * (1 + n / 30) ** -0.3),
+        (0.02, lambda n: 2.3 - 1.5 * (1 - math.exp(-max(n - 300, 0) / 600))),
+    ],
+    ids=["small batches", "after a bad start", "ever slower", "ever slower, large batches", "first plateau"],
+)
+def test_steps_stay_while_a_loss_falls_slowly_under_much_noise(size, fall, seed):
+    assert set(left_by([fall(n) + size * e for n, e in enumerate(noise(1500, seed))])) == {1.0}
 
 
 # --- the optimizer --------------------------------------------------------------------------------------
@@ -310,18 +350,34 @@ def test_a_second_pass_without_its_losses_is_an_error(make):
             F.cross_entropy(model(x), target).backward()
 
 
-def test_a_scheduler_multiplies_what_is_found(make):
+def test_a_loop_without_closures_halves_its_steps_too(make):
+    model, ((x, target), *_) = mlp(), batches((5,), 2)
+    optimizer = make(model, curvature_interval=1)
+    for n in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+        told = max(2.0, 10.0 - 0.1 * n) + 0.1 * (-1) ** n
+        with optimizer.second_pass(told) as again:
+            F.cross_entropy(model(x), target).backward()
+            again.loss = told
+    assert optimizer._search.left < 1
+
+
+@pytest.mark.parametrize("key", ["lr", "left"])
+def test_a_scheduler_and_patience_multiply_what_is_found(make, key):
     model, data = mlp(), batches((5,), 3)
     optimizer = make(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
     train(model, optimizer, data[:1])
-    scheduler.step()
-    found = rate(optimizer)
     twin = copy.deepcopy(model)
     whole = make(twin)
-    state = copy.deepcopy(optimizer.state_dict())
-    state["param_groups"][0]["lr"] = 1.0
-    whole.load_state_dict(state)
+    whole.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if key == "lr":
+        scheduler.step()
+    else:
+        optimizer._search = optimizer._search._replace(left=0.5)
+    found = rate(optimizer)
     train(model, optimizer, data[1:2])
     train(twin, whole, data[1:2])
     half, full = (o.diagnostics()["0"]["update"] for o in (optimizer, whole))

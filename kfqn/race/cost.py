@@ -228,9 +228,8 @@ def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
 
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
-    DW, state, group = layer.DW(), optimizer.state[layer.weight], optimizer.param_groups[0]
-    assert DW is not None
-    averages = {layer: optimizer._average(DW, state, group)}
+    state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
+    averages = {layer: optimizer._average(layer, state, group)}
     layer.add_(optimizer._moves([layer], averages)[layer].P, alpha=0.0)
 
 
