@@ -5,6 +5,8 @@ and the curvature c = 2 (f₁ − f₀ − ⟨∇f, ΔW⟩) / ρ². Both are div
 the averaged gradient in the metric H, so that they stay of one order while the loss falls, and averaged
 over steps. The parabola of the averages is lowest at ρ = ā / c̄.
 
+Where the loss comes no lower any more, what is left are steps about in the noise of batches: they are halved.
+
 Nothing here knows of networks or tensors; `kfqn.self_tuning` takes the steps. All is invariant to the
 scale of the loss, and to constants added to it.
 """
@@ -29,7 +31,8 @@ TRUSTED = 0.3  # share of their sizes, all added up, that layers move as far as 
 LARGEST = 0.6  # and that they never move by more than
 FIRST = 0.2  # of what is trusted is the first step
 PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
-CERTAINTY = 20.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
+PROGRESS = 4.0  # times the noise, to speak of
+CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
 LEAST = 0.01  # of the steps that the losses ask for is always taken
 FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
 
@@ -58,7 +61,7 @@ class Search(NamedTuple):
     noise: float = 0.0  # and the average distance from it
     losses: int = 0
     trend: float = 0.0  # average over as many batches as patience lasts,
-    start: float = 0.0  # what it was once the first have passed,
+    start: float = 0.0  # what it was once the first had passed, or at the last halving,
     lowest: float = 0.0  # the lowest it has been since,
     idle: int = 0  # and how many batches ago
     left: float = 1.0  # of the steps, after halvings
@@ -172,21 +175,22 @@ def with_loss(search: Search, loss: float) -> Search:
 def _patient(search: Search, loss: float) -> Search:
     """Halve the steps where the loss has not become lower for too long: what is left is the noise of batches.
 
-    No horizon has to be known. In p batches the progress Δ of n batches goes on by Δ p/n, and an average over
-    p is known to σ/√p; patience is the p at which the first would be many times the second.
+    No horizon has to be known. In p of n batches the progress Δ since the last halving would go on by Δ p/n,
+    and an average over p is known to σ/√p; patience is the p at which the first is many times the second.
+    Without progress to speak of nothing is halved: neither on a first plateau, nor where it did not pay.
     """
     n, progress = search.losses - PATIENCE, search.start - search.lowest
     if n <= 0:  # the first losses may be far off
         return search._replace(trend=search.loss, start=search.loss, lowest=search.loss)
     patience = math.inf
-    if progress > 2 * search.noise:
+    if progress > PROGRESS * search.noise:
         patience = max(PATIENCE, (CERTAINTY * search.noise * n / progress) ** (2 / 3))
     trend = search.trend + (loss - search.trend) / min(n + 1, patience)
     if trend < search.lowest - search.noise / math.sqrt(patience):
         return search._replace(trend=trend, lowest=trend, idle=0)
     if search.idle < patience:
         return search._replace(trend=trend, idle=search.idle + 1)
-    return search._replace(trend=trend, lowest=trend, idle=0, left=max(LEAST, search.left / 2))
+    return search._replace(trend=trend, start=trend, lowest=trend, idle=0, left=max(LEAST, search.left / 2))
 
 
 def stepped(search: Search, judged: bool) -> Search:
