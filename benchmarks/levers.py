@@ -7,6 +7,7 @@ batch 256; on a `Linear` layer of 4096 × 4096.
 """
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -48,6 +49,22 @@ def product_with_copies(inputs: Inputs, V: Tensor, H: Tensor) -> Tensor:
     products = torch.cat((pieces, V[:, None, -1:] * ones), dim=-1).movedim(1, 0) @ H
     joined = products[..., :-1].movedim(0, 1).flatten(1)
     return torch.cat((joined, products[-1, :, -1:]), dim=1)
+
+
+def product_by_block(inputs: Inputs, V: Tensor, H: Tensor) -> Tensor:
+    """V H for blocks of H, each product copied to its place."""
+    assert inputs.blocks is not None
+    P, width = torch.empty_like(V), inputs.blocks.size
+    for n, H_n in enumerate(H):
+        last = n == len(H) - 1
+        columns = slice(n * width, (n + 1) * width + last)
+        P[:, columns] = V[:, columns] @ H_n[: width + last, : width + last]
+    return P
+
+
+def averaged_as_a_matrix(average: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """D̂W from DW written out beside it."""
+    return average.lerp_(torch.cat((weight, bias[:, None]), dim=1), 0.1)
 
 
 def rank_two_by_outer_products(H: Tensor, s: Tensor, y: Tensor) -> None:
@@ -95,7 +112,11 @@ def main() -> None:
     )
     (wide,) = layers_of(nn.Linear(4096, 4096))
     blocks, V, H_A = wide.inputs.in_blocks(257), torch.randn(4096, 4097), torch.randn(16, 257, 257)
-    torch.testing.assert_close(product_with_copies(blocks, V, H_A), blocks.times(V, H_A), rtol=1e-3, atol=0.1)
+    for product in (product_with_copies, product_by_block):
+        torch.testing.assert_close(product(blocks, V, H_A), blocks.times(V, H_A), rtol=1e-3, atol=0.1)
+    for p in wide.parameters():
+        p.grad = torch.randn_like(p)
+    DW, (dw, db) = wide.DW(), wide.gradients()
     ways: dict[str, Callable[[], object]] = {
         "the layer's own forward pass": lambda: module(a),
         "eq. (13) as a convolution and its weight gradient": lambda: eq_13_by_convolution(a, v),
@@ -103,7 +124,12 @@ def main() -> None:
         "eq. (13), 8 channels, all data at once": lambda: eq_13_for_all_data(narrow.inputs, b, w),
         "eq. (13), 8 channels, in cache (kept)": lambda: second_moment_matvec(narrow.inputs, b, w),
         "D̂W H_A in 16 blocks, cut and joined": lambda: product_with_copies(blocks, V, H_A),
-        "D̂W H_A in 16 blocks, one by one (kept)": lambda: blocks.times(V, H_A),
+        "D̂W H_A in 16 blocks, copied to their places": lambda: product_by_block(blocks, V, H_A),
+        "D̂W H_A in 16 blocks, written in place (kept)": lambda: blocks.times(V, H_A),
+        "D̂W averaged from DW as a matrix": lambda: averaged_as_a_matrix(V, dw, db),
+        "D̂W averaged part by part (kept)": lambda: wide.average_DW_(V, 0.9, 0.0),
+        "whether DW is finite, by its largest entry": lambda: torch.linalg.vector_norm(DW, math.inf),
+        "whether DW is finite, by its 2-norm (kept)": lambda: torch.linalg.vector_norm(DW),
         "mean activation (kept: mean over data first)": lambda: mean_activation(layer.inputs, a),
         "mean of h by h.mean": lambda: h.mean((0, 2, 3)),
         "mean of h by a product (kept)": lambda: mean_preactivation(layer.preactivation(h)),

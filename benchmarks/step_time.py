@@ -34,7 +34,7 @@ from kfqn.race.train import conditions_of
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 Method = Callable[..., torch.optim.Optimizer]
 
-THRIFTY = 256  # max_factor_size
+OTHER_SIZE = 512  # max_factor_size beside the default, 256
 INTERVAL = 10  # the default curvature_interval
 NEVER = 10**6
 
@@ -58,7 +58,7 @@ OURS: Mapping[str, Method] = {
     "KF-BFGS": kfqn.KFBFGS,
     "KF-BFGS(L)": kfqn.KFLBFGS,
     "KF-BFGS, whole factors": partial(kfqn.KFBFGS, max_factor_size=None),
-    f"KF-BFGS, factors up to {THRIFTY}": partial(kfqn.KFBFGS, max_factor_size=THRIFTY),
+    f"KF-BFGS, factors up to {OTHER_SIZE}": partial(kfqn.KFBFGS, max_factor_size=OTHER_SIZE),
 }
 
 OPTIMIZERS: dict[str, Make] = {
