@@ -90,10 +90,15 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._pending.clear()
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """As in every method here; under ``""`` also ``rejected``, the steps taken back, and ``rate``, α."""
+        """As in every method here; under ``""`` also what the steps are doing.
+
+        ``rejected``, how many were taken back; ``rate``, α; and ``left``, what halvings have left of the
+        steps that are found.
+        """
         found = super().diagnostics()
         if self._automatic:
-            found[""] |= {"rejected": float(self._search.rejected), "rate": self._search.rate}
+            search = self._search
+            found[""] |= {"rejected": float(search.rejected), "rate": search.rate, "left": search.left}
         return found
 
     def _is_due(self, k: int, group: Group) -> bool:
