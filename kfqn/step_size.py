@@ -60,14 +60,14 @@ class Search(NamedTuple):
     loss: float = 0.0  # average over batches, the last weighing most
     noise: float = 0.0  # and the average distance from it
     losses: int = 0
-    trend: float = 0.0  # average over as many batches as patience lasts,
+    open: bool = False  # whether the last step was not judged, and can be undone
+    due: bool = False  # whether the next step has to be judged, whatever the cadence
+    rejected: int = 0  # steps taken back so far
+    trend: float = 0.0  # of the losses, averaged over as many batches as patience lasts,
     start: float = 0.0  # what it was once the first had passed, or at the last halving,
     lowest: float = 0.0  # the lowest it has been since,
     idle: int = 0  # and how many batches ago
     left: float = 1.0  # of the steps, after halvings
-    open: bool = False  # whether the last step was not judged, and can be undone
-    due: bool = False  # whether the next step has to be judged, whatever the cadence
-    rejected: int = 0  # steps taken back so far
 
 
 class Trial(NamedTuple):
