@@ -97,7 +97,7 @@ class Layer(ABC):
     def average_DW_(self, average: Tensor, beta: float, decay: float) -> Tensor:
         """D̂W = β D̂W + (1 − β) DW in place, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added.
 
-        DW is not written out: beside a large layer's gradient there would be no room for it.
+        DW is not written out, which would be a copy of the gradient.
         """
         for p, part in self._parts(average):
             assert p.grad is not None

@@ -165,7 +165,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         zero = self._layers[0].empty().new_zeros(())
         slope, decayed, everything = zero, zero, zero
         for group in self.param_groups:
-            decay = 0.0 if group.get("decoupled_weight_decay", True) else group["weight_decay"]
+            automatic = group.get("automatic", False)
+            decay = self._decay(group) if automatic else 0.0
             for p in group["params"]:
                 if p not in self._pending.before or p.grad is None:
                     continue
@@ -173,7 +174,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 W, now, DW = (x.flatten().to(zero) for x in (self._pending.before[p], p, DW))
                 of_loss = torch.linalg.vecdot(DW, now - W)
                 everything = everything + of_loss
-                if group.get("automatic"):
+                if automatic:
                     slope = slope + of_loss
                     decayed = decayed + decay * torch.linalg.vecdot(W, now - W)
         return [slope, slope + decayed, everything]

@@ -165,7 +165,7 @@ def with_loss(search: Search, loss: float) -> Search:
     if not math.isfinite(loss):
         return search
     if not search.losses:
-        return search._replace(loss=loss, losses=1, trend=loss)
+        return search._replace(loss=loss, losses=1)
     distance = abs(loss - search.loss)
     noise = distance if search.losses == 1 else DECAY * search.noise + (1 - DECAY) * distance
     search = search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise, losses=search.losses + 1)
