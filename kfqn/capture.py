@@ -288,8 +288,10 @@ class Watch:
 
 def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
-    with torch.autocast(x.device.type, enabled=False):
-        return reduction(layer.preactivation(x).to(layer.dtype))
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _reduced(reduction, layer, x)
+    return reduction(layer.preactivation(x).to(layer.dtype))
 
 
 def _reaches_the_weight(layer: Layer) -> bool:

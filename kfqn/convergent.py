@@ -10,9 +10,10 @@ from kfqn.capture import Seen
 from kfqn.curvature import damped_inverse, second_moment
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
-from kfqn.secant import dot, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.rows import Rows
+from kfqn.secant import dot, double_damping, lbfgs_matmul
 from kfqn.settings import checked_settings
-from kfqn.two_pass import First, TwoPassOptimizer
+from kfqn.two_pass import TwoPassOptimizer, pushed
 
 
 @final
@@ -97,17 +98,18 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
         return (*layer.groups, layer.columns, layer.columns)
 
-    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:  # line 11
-        try:
-            state["H_A"].copy_(damped_inverse(first.As, math.sqrt(group["damping"])))
-        except ValueError:  # inputs too large for a second moment; the last H_A stays
-            self._count(state, {"A skipped": 1})
-        else:
-            self._count(state, {"A taken": 1})
+    def _learn_A(self, s: list[Tensor], answers: list[Tensor], states: list[State], group: Group) -> None:
+        for A, state in zip(answers, states, strict=True):
+            try:
+                state["H_A"].copy_(damped_inverse(A, math.sqrt(group["damping"])))  # line 11
+            except ValueError:  # inputs too large for a second moment; the last H_A stays
+                self._count(state, {"A skipped": 1})
+            else:
+                self._count(state, {"A taken": 1})
 
-    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
-        ratio, mu2 = dot(s, y) / dot(y, y), math.sqrt(group["damping"])
-        damped = double_damping(s, y, y, mu1=group["mu1"], mu2=mu2)  # line 14, Algorithm 4: H = I
-        self._note_G(
-            state, ratio, ratio < group["mu1"], lbfgs_push_(state["S"], state["Y"], *damped)
-        )  # line 15
+    def _learn_G(self, s: list[Tensor], y: list[Tensor], states: list[State], group: Group) -> None:
+        rows, mu2 = Rows.of(s), math.sqrt(group["damping"])
+        s_G, y_G = rows.join(s), rows.join(y)
+        ratio = dot(s_G, y_G) / dot(y_G, y_G)
+        damped = double_damping(s_G, y_G, y_G, mu1=group["mu1"], mu2=mu2)  # line 14, Algorithm 4: H = I
+        self._note_G(states, rows, ratio, ratio < group["mu1"], pushed(states, rows, *damped))  # line 15

@@ -68,7 +68,8 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
 def mean_preactivation(h: Tensor) -> Tensor:
     """h̄ = E_n[1/|T| Σ_t h_t(n)], (*g, I), the mean that eq. (10) subtracts; ``h`` is (m, *g, I, |T|)."""
-    return _mean_over_data(h).mean(-1)
+    mean = _mean_over_data(h)
+    return mean.mean(-1) if mean.shape[-1] > 1 else mean[..., 0]
 
 
 def mean_preactivation_gradient(gradient: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ def damping_A(A: Tensor) -> Tensor:
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
-    """λ_G, (*g,), with a pair (*g, I) averaged in: all of it the first time, where ``lambda_G`` is 0.
+    """λ_G, (*g, 1), with a pair (*g, I) averaged in: all of it the first time, where ``lambda_G`` is 0.
 
-    ``steps`` have been taken before; a pair without a size leaves λ_G as it was.
+    ``steps``, (*g, 1), have been taken before; a pair without a size leaves λ_G as it was.
     """
-    length, change = (torch.linalg.vector_norm(x, dim=-1) for x in (s, y))
+    length, change = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (s, y))
     met = change / length
     known = met.isfinite() & (length > smallest(length.dtype)) & (change > smallest(change.dtype))
     usual = (1 / steps.clamp(min=1)).clamp(min=LEAST_WEIGHT)
@@ -36,5 +36,5 @@ def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
 
 
 def in_units_of(lambda_G: Tensor, y: Tensor) -> Tensor:
-    """y/λ_G, (*g, I); y itself where λ_G is not known yet."""
-    return y / torch.where(lambda_G > 0, lambda_G, 1.0)[..., None]
+    """y/λ_G, (*g, I), for λ_G (*g, 1); y itself where λ_G is not known yet."""
+    return y / torch.where(lambda_G > 0, lambda_G, 1.0)

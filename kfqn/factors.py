@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.capture import Look, Seen, Watch
 from kfqn.curvature import damped_inverse
-from kfqn.groups import Group, LayeredOptimizer, Others, State
+from kfqn.groups import NOTES, Group, LayeredOptimizer, Others, State
 from kfqn.layers import Layer
 from kfqn.ranks import Ranks
+from kfqn.rows import Rows
 
 Moments = dict[str, Tensor]  # what a layer starts from, each a mean over data
 LayersSeen = dict[Layer, Seen]
@@ -231,7 +232,7 @@ class FactoredOptimizer(LayeredOptimizer):
                 for p in layer.parameters():
                     self.state.pop(p, None)
             elif state:
-                _follow(state, self._shapes(layer, self._group(layer)).keys(), layer)
+                _follow(state, layer)
 
     def _share_out(self) -> None:
         """Say which process holds the factors of each layer: the largest first, to whom has least."""
@@ -264,6 +265,13 @@ class FactoredOptimizer(LayeredOptimizer):
         for name, increment in increments.items():
             state["counts"][self._counted.index(name)] += increment
 
+    def _count_rows(self, states: Sequence[State], rows: Rows, flags: Mapping[str, Tensor]) -> None:
+        """Count in every layer's state the flags, (rows, 1), of its rows."""
+        none = torch.zeros_like(next(iter(flags.values())))
+        table = torch.cat([flags.get(name, none) for name in self._counted], dim=1).float()
+        counts = [state["counts"] for state in states]
+        torch._foreach_add_(counts, [of_layer.sum(0) for of_layer in rows.by_layer(table)])
+
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -282,14 +290,12 @@ class FactoredOptimizer(LayeredOptimizer):
         )
 
 
-def _follow(state: State, factors: Set[str], layer: Layer) -> None:
-    """Bring a state to where the layer's weight is, and into its type."""
-    device = layer.weight.device
-    for key in state.keys() & factors:
-        if state[key].device != device or state[key].dtype != layer.dtype:
-            state[key] = state[key].to(device, layer.dtype)
-    for key in ("counts", "last"):
-        state[key] = state[key].to(device)
+def _follow(state: State, layer: Layer) -> None:
+    """Bring a state to where the layer's weight is, and what is no note into its type."""
+    device, dtype = layer.weight.device, layer.dtype
+    for key, value in state.items():
+        if key != "step" and (value.device != device or (key not in NOTES and value.dtype != dtype)):
+            state[key] = value.to(device, value.dtype if key in NOTES else dtype)
 
 
 def inverse_factor(layer: Layer, A: Tensor, damping: float | Tensor, name: str) -> Tensor:

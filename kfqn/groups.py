@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 Group = dict[str, Any]
 Others = Callable[[list[Any]], torch.optim.Optimizer]
 
-_NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
+NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
 
 
 def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
@@ -213,7 +213,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
             for key, value in state.items():
                 if p in layers:
                     place = layers[p].weight.device if key != "step" else "cpu"
-                    dtype = value.dtype if key in _NOTES else layers[p].dtype
+                    dtype = value.dtype if key in NOTES else layers[p].dtype
                     self.state[p][key] = value.to(place, dtype, copy=True)
                 elif isinstance(value, Tensor):
                     self.state[p][key] = self.state[p][key].clone()
@@ -222,7 +222,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
     def _check_state(self, layer: Layer | None, state: State, group: Group) -> None:
         """Raise ValueError unless the saved state is of this optimizer and of this layer's shape."""
         saved = {
-            key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor) and key not in _NOTES
+            key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor) and key not in NOTES
         }
         ours = layer is not None and self.defaults.keys() <= group.keys()
         expected = self._shapes(layer, group) if ours and layer is not None else {}

@@ -5,6 +5,7 @@ starts with, the direction, and what is learnt of the two factors.
 """
 
 import contextlib
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -231,23 +232,23 @@ class KroneckerOptimizer(FactoredOptimizer):
                 DW, state = averages[layer], self.state[layer.weight]
                 with self._full_precision():
                     P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
-                norms = [torch.linalg.vector_norm(x) for x in (P, DW)]
-                sizes = [torch.linalg.vector_norm(p, dtype=P.dtype) for p in layer.parameters()]
-                norms.append(torch.linalg.vector_norm(torch.stack(sizes)))
+                norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
                 own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
         if not own and self._ranks.size == 1:
             return {}
-        shared = self._ranks.means(own, dict.fromkeys(directions, (4,)), self._layers[0].empty())
-        numbers = torch.stack([shared[layer] for layer in directions]).tolist()
+        sizes = {layer: (3 + len(layer.parameters()),) for layer in directions}
+        shared = self._ranks.means(own, sizes, self._layers[0].empty())
+        numbers = iter(torch.cat([shared[layer] for layer in directions]).tolist())
         return {
-            layer: self._judged(layer, P, *of_layer)
-            for (layer, P), of_layer in zip(directions.items(), numbers, strict=True)
+            layer: self._judged(layer, P, *itertools.islice(numbers, *sizes[layer]))
+            for layer, P in directions.items()
         }
 
     def _judged(
-        self, layer: Layer, P: Tensor, slope: float, norm: float, norm_DW: float, norm_W: float
+        self, layer: Layer, P: Tensor, slope: float, norm: float, norm_DW: float, *norms_W: float
     ) -> Move:
         """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
+        norm_W = math.hypot(*norms_W)
         rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
         limit = torch.finfo(layer.weight.dtype).max
         reach = norm_W + self._rate(self._group(layer)) * norm
@@ -314,5 +315,5 @@ class KroneckerOptimizer(FactoredOptimizer):
 
 def _are_finite(values: Sequence[Tensor], order: float) -> Tensor:
     """Whether all entries are. The norm of order 2 is by far the fastest, but may overflow."""
-    each = [torch.linalg.vector_norm(v, order).isfinite().to(values[0].device) for v in values]
-    return torch.stack(each).all()
+    norms = [norm.to(values[0].device) for norm in torch._foreach_norm([*values], order)]
+    return torch.stack(norms).isfinite().all()

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from kfqn.capture import Seen
@@ -14,10 +15,11 @@ from kfqn.factors import Moments
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
-from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, lbfgs_push_, matvec
+from kfqn.rows import Rows
+from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, matvec
 from kfqn.self_tuning import SelfTuningOptimizer
 from kfqn.settings import checked_settings, resolved
-from kfqn.two_pass import First
+from kfqn.two_pass import pushed
 
 
 class KFQN(SelfTuningOptimizer):
@@ -46,8 +48,8 @@ class KFQN(SelfTuningOptimizer):
         """A vector (*g, I) as H_G's blocks see it, (*g, b, I), if it has any."""
 
     @abstractmethod
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
-        """Update H_G with a damped pair (line 18); say where it was done, (*g,)."""
+    def _update_G(self, states: list[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
+        """Update every H_G with the rows of damped pairs (line 18); say of each, (rows, 1), if it was."""
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
         g, rows, inputs = layer.groups, layer.rows, self._inputs(layer)
@@ -87,25 +89,40 @@ class KFQN(SelfTuningOptimizer):
         inputs = self._inputs(layer)
         return (*inputs.groups, inputs.columns)
 
-    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
+    def _learn_A(self, s: list[Tensor], answers: list[Tensor], states: list[State], group: Group) -> None:
+        rows = Rows.of(s)
+        s_A, As = rows.join(s), rows.join(answers)
         lambda_A: float | Tensor = math.sqrt(group["damping"])
         if group["relative"]:
-            lambda_A = group["damping"] * state["lambda_A"][..., None]
-        y = first.As + lambda_A * first.s
-        used = bfgs_update_(state["H_A"], first.s, y)  # line 14
-        self._count(state, {"A taken": used.sum(), "A skipped": (~used).sum()})
+            known = [state["lambda_A"][..., None] for state in states]
+            lambda_A = group["damping"] * Rows.of(known).join(known)
+        y_A = As + lambda_A * s_A
+        used = bfgs_update_([state["H_A"] for state in states], s_A, y_A)  # line 14
+        self._count_rows(states, rows, {"A taken": used, "A skipped": ~used})
 
-    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
+    def _learn_G(self, s: list[Tensor], y: list[Tensor], states: list[State], group: Group) -> None:
         mu2 = math.sqrt(group["damping"])  # λ_G = √λ
         if group["relative"]:
-            lambda_G = state["lambda_G"]
-            y = in_units_of(lambda_G.copy_(damping_G(lambda_G, s, y, state["step"])), y)
-            mu2 = group["damping"]
-        Hy = self._H_G(state, y[..., None])[..., 0]
-        s, y, Hy = (self._blocks_G(x, state) for x in (s, y, Hy))
-        ratio = dot(s, y) / dot(y, Hy)
-        damped = double_damping(s, y, Hy, mu1=group["mu1"], mu2=mu2)  # line 17
-        self._note_G(state, ratio, ratio < group["mu1"], self._update_G(state, *damped))  # line 18
+            y, mu2 = _in_own_units(s, y, states), group["damping"]
+        Hy = [self._H_G(state, y_G[..., None])[..., 0] for state, y_G in zip(states, y, strict=True)]
+        s, y, Hy = ([*map(self._blocks_G, x, states)] for x in (s, y, Hy))
+        rows = Rows.of(s)
+        s_G, y_G, Hy_G = map(rows.join, (s, y, Hy))
+        ratio = dot(s_G, y_G) / dot(y_G, Hy_G)
+        damped = double_damping(s_G, y_G, Hy_G, mu1=group["mu1"], mu2=mu2)  # line 17
+        used = self._update_G(states, rows, *damped)  # line 18
+        self._note_G(states, rows, ratio, ratio < group["mu1"], used)
+
+
+def _in_own_units(s: list[Tensor], y: list[Tensor], states: list[State]) -> list[Tensor]:
+    """y/λ_G of every layer, after its λ_G has taken in the pair."""
+    rows, kept = Rows.of(y), [state["lambda_G"][..., None] for state in states]
+    of_layers = Rows.of(kept)
+    steps = [state["step"].expand_as(x) for state, x in zip(states, kept, strict=True)]
+    y_G = rows.join(y)
+    lambda_G = damping_G(of_layers.join(kept), rows.join(s), y_G, of_layers.join(steps))
+    torch._foreach_copy_(kept, of_layers.part(lambda_G))
+    return rows.part(in_units_of(lambda_G, y_G))
 
 
 @final
@@ -226,8 +243,8 @@ class KFBFGS(KFQN):
         H_G = state["H_G"]
         return x if H_G.ndim == x.ndim + 1 else Blocks(x.shape[-1], H_G.shape[-1]).split(x, -1)
 
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
-        return bfgs_update_(state["H_G"], s, y)
+    def _update_G(self, states: list[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
+        return bfgs_update_([state["H_G"] for state in states], s, y)
 
 
 @final
@@ -287,5 +304,5 @@ class KFLBFGS(KFQN):
     def _blocks_G(self, x: Tensor, state: State) -> Tensor:
         return x  # a history is small however long its vectors
 
-    def _update_G(self, state: State, s: Tensor, y: Tensor) -> Tensor:
-        return lbfgs_push_(state["S"], state["Y"], s, y)
+    def _update_G(self, states: list[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
+        return pushed(states, rows, s, y)

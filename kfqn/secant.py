@@ -2,14 +2,18 @@
 
 B is the symmetric matrix whose inverse H approximates; a pair samples its action,
 y ≈ B s. Leading dimensions ``*g`` are any number of independent such problems, none for most
-layers. Nothing here knows of networks, and no function reads a scalar back to the host: what may
-be used is decided by ``torch.where``.
+layers; of several H the pairs are rows, one for each problem of each H (`kfqn.rows`). Nothing here knows
+of networks, and no function reads a scalar back to the host: what may be used is decided by
+``torch.where``.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from kfqn.rows import Rows
 
 
 def double_damping(s: Tensor, y: Tensor, Hy: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
@@ -27,21 +31,24 @@ def double_damping(s: Tensor, y: Tensor, Hy: Tensor, mu1: float, mu2: float) -> 
     return s, y
 
 
-def bfgs_update_(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """Update the symmetric H (*g, n, n) in place so that H y = s, eq. (9); say where it was done.
+def bfgs_update_(Hs: Sequence[Tensor], s: Tensor, y: Tensor) -> Tensor:
+    """Update every symmetric H (*g, n, n) in place so that H y = s, eq. (9), for rows s and y.
 
     With u = ρ (½ (1 + ρ yᵀHy) s − Hy), eq. (9) reads H⁺ = H + s uᵀ + u sᵀ: one pass over
     H, and ρ² is never formed (it overflows in float32 for pairs that are merely small).
 
-    Returns a boolean tensor (*g,): False, and H is untouched, unless sᵀy is positive (and large
-    enough to be accurate) and s and u are finite.
+    Returns for every row, (rows, 1), whether it was done: not, and H is untouched, unless sᵀy is
+    positive (and large enough to be accurate) and s and u are finite.
     """
-    sy, Hy = dot(s, y), matvec(H, y)
+    rows = Rows([H.shape[:-1] for H in Hs])
+    sy, Hy = dot(s, y), rows.join([*map(matvec, Hs, rows.part(y))])
     u = ((1 + dot(y, Hy) / sy) / 2 * s - Hy) / sy
     su = torch.stack((s, u), dim=-2)
-    usable = (sy > smallest(sy.dtype))[..., 0] & su.isfinite().all(-1).all(-1)
-    su = torch.where(usable[..., None, None], su, 0.0).view(-1, 2, s.shape[-1])
-    H.view(-1, *H.shape[-2:]).baddbmm_(su.mT, su.flip(-2))
+    usable = (sy > smallest(sy.dtype)) & su.flatten(1).isfinite().all(-1, keepdim=True)
+    su = torch.where(usable[..., None], su, 0.0)
+    for H, su_H, us_H in zip(Hs, rows.by_layer(su), rows.by_layer(su.flip(-2)), strict=True):
+        n = H.shape[-1]
+        H.view(-1, n, n).baddbmm_(su_H[..., :n].mT, us_H[..., :n])
     return usable
 
 

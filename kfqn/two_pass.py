@@ -3,7 +3,7 @@
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from kfqn.groups import Group, State
 from kfqn.inputs import Inputs
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
+from kfqn.rows import Rows
+from kfqn.secant import lbfgs_push_
 from kfqn.second_pass import second_pass, unmoved_buffers
 
 _PATIENCE = 10  # steps until the gap between those that are learnt from may grow by one
@@ -84,17 +86,19 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """The shape of `_answer`."""
 
     @abstractmethod
-    def _learn_A(self, layer: Layer, first: First, state: State, group: Group) -> None:
-        """Take in s and `_answer` of the first pass, after the step."""
+    def _learn_A(self, s: list[Tensor], answers: list[Tensor], states: list[State], group: Group) -> None:
+        """Take in s and `_answer` of the first pass, after the step, for layers of one group."""
 
     @abstractmethod
-    def _learn_G(self, s: Tensor, y: Tensor, state: State, group: Group) -> None:
-        """Take in the averaged pair s_G, y_G, (*g, I); zeros if this step's was not finite."""
+    def _learn_G(self, s: list[Tensor], y: list[Tensor], states: list[State], group: Group) -> None:
+        """Take in the averaged pairs s_G, y_G, (*g, I); zeros if this step's was not finite."""
 
-    def _note_G(self, state: State, ratio: Tensor, damped: Tensor, used: Tensor) -> None:
-        """Count what became of a pair, by group; ``ratio`` is sᵀy/yᵀHy before damping."""
-        self._count(state, {"G taken": used.sum(), "G damped": damped.sum(), "G skipped": (~used).sum()})
-        state["last"][1] = ratio.min().nan_to_num(0.0)  # 0/0 where nothing changes
+    def _note_G(self, states: list[State], rows: Rows, ratio: Tensor, damped: Tensor, used: Tensor) -> None:
+        """Count what became of every pair; ``ratio`` is sᵀy/yᵀHy before damping. All (rows, 1)."""
+        self._count_rows(states, rows, {"G taken": used, "G damped": damped, "G skipped": ~used})
+        ratio = ratio.nan_to_num(0.0)  # 0/0 where nothing changes
+        kept = [state["last"][1] for state in states]
+        torch._foreach_copy_(kept, [of_layer.min() for of_layer in rows.by_layer(ratio)])
 
     @abstractmethod
     def _start_G(self, state: State) -> None:
@@ -273,15 +277,30 @@ class TwoPassOptimizer(KroneckerOptimizer):
         own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
         rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
         means = self._ranks.means(own, rows, self._layers[0].empty())
-        for layer, first in firsts.items():
-            state, group = self.state.get(layer.weight), self._group(layer)
-            if not state:
-                continue  # another process has it
-            self._learn_A(layer, first, state, group)
-            if (layer, "h") in means:
-                dh = means[layer, "h"] - first.h
-                dDh = (means[layer, "Dh"] - first.Dh) * (first.factor / loss_scale)
-                self._learn_G(*averaged_pair(dh, dDh, state, group), state, group)
+        changes = {
+            layer: (
+                means[layer, "h"] - first.h,
+                (means[layer, "Dh"] - first.Dh) * (first.factor / loss_scale),
+            )
+            for layer, first in firsts.items()
+            if (layer, "h") in means
+        }
+        for layers in self._alike([layer for layer in firsts if self.state.get(layer.weight)]):
+            group, states = self._group(layers[0]), [self.state[layer.weight] for layer in layers]
+            known = [firsts[layer] for layer in layers]
+            self._learn_A([first.s for first in known], [first.As for first in known], states, group)
+            moved = [layer for layer in layers if layer in changes]
+            if moved:
+                states = [self.state[layer.weight] for layer in moved]
+                dh, dDh = ([changes[layer][i] for layer in moved] for i in (0, 1))
+                self._learn_G(*averaged_pairs(dh, dDh, states, group), states, group)
+
+    def _alike(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Those layers that are in one group, on one device and of one type, which are learnt together."""
+        found: dict[Any, list[Layer]] = {}
+        for layer in layers:
+            found.setdefault((self._places[layer], layer.weight.device, layer.dtype), []).append(layer)
+        return [*found.values()]
 
 
 def _is_learnt_from(k: int, group: Group) -> bool:
@@ -290,11 +309,25 @@ def _is_learnt_from(k: int, group: Group) -> bool:
     return k % gap == 0
 
 
-def averaged_pair(dh: Tensor, dDh: Tensor, state: State, group: Group) -> tuple[Tensor, Tensor]:
+def pushed(states: Sequence[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
+    """Append the rows of pairs to the histories S and Y of every layer; say of each, (rows, 1), if it was."""
+    pairs = zip(states, rows.part(s), rows.part(y), strict=True)
+    used = [lbfgs_push_(state["S"], state["Y"], *pair) for state, *pair in pairs]
+    return torch.cat([of_layer.view(-1, 1) for of_layer in used])
+
+
+def averaged_pairs(
+    dh: Sequence[Tensor], dDh: Sequence[Tensor], states: Sequence[State], group: Group
+) -> tuple[list[Tensor], list[Tensor]]:
     """s_G and y_G with this step's changes of h̄ and Dh̄ averaged in; without, and zeros, if not finite."""
-    finite = (dh.isfinite() & dDh.isfinite()).all()
+    rows = Rows.of(dh)
+    changes = {"s_G": rows.join(dh), "y_G": rows.join(dDh)}
+    finite = torch.stack([*changes.values()]).isfinite().all(0).all(-1, keepdim=True)
     pair = []
-    for key, change in (("s_G", dh), ("y_G", dDh)):
-        average = state[key].lerp_(torch.where(finite, change, state[key]), 1 - group["beta"])
-        pair.append(torch.where(finite, average, 0.0))
+    for key, change in changes.items():
+        kept = [state[key] for state in states]
+        before = rows.join(kept)
+        average = before.lerp(torch.where(finite, change, before), 1 - group["beta"])
+        torch._foreach_copy_(kept, rows.part(average))
+        pair.append(rows.part(torch.where(finite, average, 0.0)))
     return pair[0], pair[1]

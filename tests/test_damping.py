@@ -37,25 +37,25 @@ def test_where_nothing_comes_in_lambda_A_is_one():
 
 def test_lambda_G_averages_the_curvature_that_is_met():
     s, y = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 20.0])  # ‖y‖/‖s‖ = 4
-    first = damping_G(torch.zeros(()), s, y, torch.tensor(30.0))
+    first = damping_G(torch.zeros(1), s, y, torch.tensor([30.0]))
     assert first == pytest.approx(4.0)
-    second = damping_G(first, s, 2 * y, torch.tensor(2.0))
+    second = damping_G(first, s, 2 * y, torch.tensor([2.0]))
     assert second == pytest.approx((4 + 8) / 2)
-    late = damping_G(second, s, 2 * y, torch.tensor(1000.0))
+    late = damping_G(second, s, 2 * y, torch.tensor([1000.0]))
     assert late == pytest.approx(6 + 0.05 * 2)
 
 
 @pytest.mark.parametrize(("s", "y"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (torch.nan, 1.0), (1.0, torch.inf)])
 def test_a_pair_without_a_size_leaves_lambda_G(s, y):
-    known, unknown = torch.tensor([2.0, 0.0])
+    known, unknown = torch.tensor([[2.0], [0.0]])
     pair = torch.full((3,), s), torch.full((3,), y)
-    assert damping_G(known, *pair, torch.tensor(5.0)) == 2.0
-    assert damping_G(unknown, *pair, torch.tensor(5.0)) == 0.0
+    assert damping_G(known, *pair, torch.tensor([5.0])) == 2.0
+    assert damping_G(unknown, *pair, torch.tensor([5.0])) == 0.0
 
 
 def test_units():
     y = torch.tensor([[2.0, 4.0], [6.0, 8.0]])
-    torch.testing.assert_close(in_units_of(torch.tensor([2.0, 0.0]), y), y / torch.tensor([[2.0], [1.0]]))
+    torch.testing.assert_close(in_units_of(torch.tensor([[2.0], [0.0]]), y), y / torch.tensor([[2.0], [1.0]]))
 
 
 # --- which optimizer has it -----------------------------------------------------------------------------

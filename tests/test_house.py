@@ -18,6 +18,7 @@ MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 
 # A module may import only what stands to the left of it; race may import everything.
 ORDER = [
+    "rows",
     "secant",
     "settings",
     "inputs",

@@ -48,7 +48,8 @@ def test_lemma_2(mu1, mu2):
         M = torch.randn(size, size)
         H = M @ M.T + 0.1 * torch.eye(size)
         B_norm, H_norm = norm(torch.linalg.inv(H)), norm(H)
-        assert bfgs_update_(H, *damped_pair(size, mu1, mu2))
+        s, y = damped_pair(size, mu1, mu2)
+        assert bfgs_update_([H], s[None], y[None])
         # The inverse of an ill-conditioned H has fewer digits, hence the room of its condition number.
         assert norm(torch.linalg.inv(H)) <= (B_norm + 1 / mu3(mu1, mu2)) * (1 + 1e-12 * torch.linalg.cond(H))
         assert norm(H) <= ((1 + (mu2 * mu3(mu1, mu2)) ** -0.5) ** 2 * H_norm + 1 / mu2) * ROUNDING

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import torch
 
+from kfqn.rows import Rows
 from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 
 SEEDS = range(200)
@@ -48,7 +49,7 @@ def test_bfgs_is_equation_9_keeps_the_secant_and_stays_positive():
         H = positive_definite()
         s, y = double_damping(*(p := pair()), H @ p[1], 0.2, 0.1)
         expected = oracle.bfgs(H, s, y)
-        assert bfgs_update_(H, s, y)
+        assert bfgs_update_([H], s[None], y[None])
         torch.testing.assert_close(H, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
         torch.testing.assert_close(H @ y, s, rtol=1e-9, atol=1e-9 * s.norm().item())
         torch.testing.assert_close(H, H.T, rtol=1e-13, atol=1e-13 * H.abs().max().item())
@@ -60,7 +61,7 @@ def test_float32_stays_symmetric_and_positive_over_thousands_of_updates():
     H = torch.eye(SIZE)
     for _ in range(5000):
         s = torch.randn(SIZE)
-        bfgs_update_(H, s, B @ s)
+        bfgs_update_([H], s[None], (B @ s)[None])
     torch.testing.assert_close(H, H.T, rtol=1e-3, atol=1e-4 * H.abs().max().item())  # float32 drift
     assert torch.linalg.eigvalsh((H + H.T) / 2).min() > 0
 
@@ -88,7 +89,7 @@ def test_lbfgs_and_bfgs_agree_until_the_first_pair_is_dropped(history):
     for _ in range(history):
         s, y = pair(scale=0.1)
         s, y = double_damping(s, y, H @ y, 0.2, 1.0)
-        bfgs_update_(H, s, y)
+        bfgs_update_([H], s[None], y[None])
         lbfgs_push_(S, Y, s, y)
     eye = torch.eye(SIZE, dtype=torch.float64)
     torch.testing.assert_close(lbfgs_matmul(S, Y, eye), H, rtol=1e-6, atol=1e-6 * H.abs().max().item())
@@ -110,7 +111,7 @@ BAD = {
 def test_a_pair_that_cannot_be_used_changes_nothing(bad):
     s, y = map(torch.tensor, BAD[bad])
     H, before = torch.eye(2) + 0.5, torch.eye(2) + 0.5
-    assert not bfgs_update_(H, s, y)
+    assert not bfgs_update_([H], s[None], y[None])
     assert torch.equal(H, before)
     S, Y = torch.ones(2, 3, 2)
     assert not lbfgs_push_(S, Y, s, y)
@@ -125,6 +126,37 @@ def test_float32_never_forms_rho_squared(scale):
     s, y = torch.randn(2, 5)
     y = y if s @ y > 0 else -y
     H, H_scaled = torch.eye(5), torch.eye(5)
-    assert bfgs_update_(H, s, y)
-    assert bfgs_update_(H_scaled, scale * s, scale * y)
+    assert bfgs_update_([H], s[None], y[None])
+    assert bfgs_update_([H_scaled], scale * s[None], scale * y[None])
     torch.testing.assert_close(H_scaled, H, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_of_layers_as_rows():
+    """Layers with groups and of different lengths; what is done to the rows is done to the vectors."""
+    vectors = [torch.randn(3), torch.randn(2, 5), torch.randn(2, 3, 1)]
+    rows = Rows.of(vectors)
+    matrix = rows.join(vectors)
+    assert matrix.shape == (1 + 2 + 6, 5)
+    for vector, same in zip(vectors, rows.part(matrix), strict=True):
+        assert torch.equal(vector, same)
+    flat = torch.cat([x.reshape(-1, x.shape[-1]).square().sum(-1) for x in vectors])
+    torch.testing.assert_close((matrix * matrix).sum(-1), flat)
+    assert [len(of_layer) for of_layer in rows.by_layer(matrix)] == rows.counts == [1, 2, 6]
+    rows.part(matrix)[1].fill_(7.0)
+    assert (matrix[1:3] == 7).all()  # views
+
+
+def test_each_of_several_H_is_updated_by_itself():
+    torch.manual_seed(0)
+    Hs = [positive_definite(3), torch.stack([positive_definite(5), positive_definite(5)])]
+    pairs = [double_damping(s, y, y, 0.2, 1.0) for s, y in (pair(3), (torch.randn(2, 5), torch.randn(2, 5)))]
+    pairs = [(s.double(), y.double()) for s, y in pairs]
+    pairs[1][0][1] = 0.0  # no curvature in the last problem
+    (s, y), (_, untouched) = pairs[1], Hs[1].clone()
+    expected = [oracle.bfgs(Hs[0], *pairs[0]), oracle.bfgs(Hs[1][0], s[0], y[0]), untouched]
+    rows = Rows.of([s for s, _ in pairs])
+    s, y = (rows.join(of_layers) for of_layers in zip(*pairs, strict=True))
+    assert bfgs_update_(Hs, s, y).flatten().tolist() == [True, True, False]
+    for H, wanted in zip((Hs[0], *Hs[1]), expected, strict=True):
+        torch.testing.assert_close(H, wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(Hs[1][1], untouched)

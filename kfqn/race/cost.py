@@ -30,7 +30,7 @@ from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race.entrants import ENTRANTS
 from kfqn.rules import layers_of
-from kfqn.two_pass import First, TwoPassOptimizer, averaged_pair
+from kfqn.two_pass import TwoPassOptimizer, averaged_pairs
 
 COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each
     "DW": ("DW", "momentum_buffer", "exp_avg"),
@@ -211,13 +211,13 @@ def second_pass_of(sight: Sight) -> None:
 
 @torch.no_grad()
 def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
-    state, (group,) = optimizer.state[layer.weight], optimizer.param_groups[:1]
+    states, (group,) = [optimizer.state[layer.weight]], optimizer.param_groups[:1]
     h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
     inputs, seen = optimizer._inputs(layer), Seen(layer)
     seen.uses = sight.seen.uses
-    s = optimizer._probe(sight.seen.mean(partial(mean_activation, inputs)), state)
-    optimizer._learn_A(layer, First(h, Dh, s, optimizer._answer(seen, s), 1.0), state, group)
-    optimizer._learn_G(*averaged_pair(h, Dh, state, group), state, group)
+    s = optimizer._probe(sight.seen.mean(partial(mean_activation, inputs)), *states)
+    optimizer._learn_A([s], [optimizer._answer(seen, s)], states, group)
+    optimizer._learn_G(*averaged_pairs([h], [Dh], states, group), states, group)
 
 
 @torch.no_grad()
