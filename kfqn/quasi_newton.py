@@ -72,7 +72,11 @@ class KFQN(SelfTuningOptimizer):
         return state
 
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        return layer.average_DW_(state["DW"], group["beta"], self._decay(group))  # line 7; decisions.md, 1
+        beta, decay = group["beta"], self._decay(group)
+        DW = layer.average_DW_(state["DW"], beta, decay)  # line 7; docs/decisions.md, 1
+        if not group["automatic"]:
+            return DW
+        return layer.average_DW_(DW.clone(), beta, decay)  # Nesterov's momentum: docs/decisions.md, 34
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
@@ -109,9 +113,11 @@ class KFQN(SelfTuningOptimizer):
         rows = Rows.of(s)
         s_G, y_G, Hy_G = map(rows.join, (s, y, Hy))
         ratio = dot(s_G, y_G) / dot(y_G, Hy_G)
+        if group["automatic"]:  # a pair without curvature says nothing: docs/decisions.md, 35
+            s_G, y_G, Hy_G = (torch.where(ratio > 0, x, 0.0) for x in (s_G, y_G, Hy_G))
         damped = double_damping(s_G, y_G, Hy_G, mu1=group["mu1"], mu2=mu2)  # line 17
         used = self._update_G(states, rows, *damped)  # line 18
-        self._note_G(states, rows, ratio, ratio < group["mu1"], used)
+        self._note_G(states, rows, ratio, used & (ratio < group["mu1"]), used)
 
 
 def _in_own_units(s: list[Tensor], y: list[Tensor], states: list[State]) -> list[Tensor]:

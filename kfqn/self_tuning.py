@@ -57,8 +57,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     keeps the averaged gradient as ``DW``.
 
     Before a step that is to be judged the parameters are copied, and put back to the bit if it is rejected;
-    a step in between is taken back by the same direction, up to rounding, if the loss of
-    the next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
+    of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
+    next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
     """
 
     def _begin(self) -> None:
@@ -131,7 +131,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return super()._move(loss, closure)
 
     def _undo(self) -> None:
-        """Take back the last step, from which nothing has been learnt, so that P is what it was."""
+        """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
+
+        What the last batch itself added to the direction is not known any more: about a third of it stays.
+        """
         self._memory.stepped = False
         missing = {*self._missing(self._layers)}
         layers = [layer for layer in self._layers if layer not in missing]
