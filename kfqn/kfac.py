@@ -172,7 +172,7 @@ class KFAC(KroneckerOptimizer):
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
         if group["momentum"]:
             return layer.DW(self._decay(group))
-        return layer.average_DW_(state["DW"], group["beta"], self._decay(group))  # line 6
+        return layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])  # line 6
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7

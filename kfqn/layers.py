@@ -94,17 +94,17 @@ class Layer(ABC):
             part.add_(p, alpha=decay)
         return DW
 
-    def average_DW_(self, average: Tensor, beta: float, decay: float) -> Tensor:
-        """D̂W = β D̂W + (1 − β) DW in place, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added.
+    def average_DW(self, average: Tensor, beta: float, decay: float, out: Tensor) -> Tensor:
+        """β D̂W + (1 − β) DW, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added, into ``out``.
 
         DW is not written out, which would be a copy of the gradient.
         """
-        for p, part in self._parts(average):
+        for (p, old), (_, new) in zip(self._parts(average), self._parts(out), strict=True):
             assert p.grad is not None
-            part.lerp_(p.grad.to(part.dtype), 1 - beta)
+            torch.lerp(old, p.grad.to(old.dtype), 1 - beta, out=new)
             if decay:
-                part.add_(p, alpha=(1 - beta) * decay)
-        return average
+                new.add_(p, alpha=(1 - beta) * decay)
+        return out
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         columns = [weight.flatten(1)] if bias is None else [weight.flatten(1), bias[:, None]]

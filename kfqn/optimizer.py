@@ -76,6 +76,10 @@ class KroneckerOptimizer(FactoredOptimizer):
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
         """D̂W, (*g, I, C), from the mini-batch gradient of the layer and `_decay` × W."""
 
+    def _ahead(self, DW: Tensor, layer: Layer, group: Group) -> Tensor:
+        """What the direction is taken of, given D̂W and with the mini-batch gradient at hand."""
+        return DW
+
     @abstractmethod
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         """P in W ← W − α P, (*g, I, C), from D̂W."""
@@ -209,11 +213,15 @@ class KroneckerOptimizer(FactoredOptimizer):
             for layer in layers
             if self._owns(layer)
         }
-        moves = self._moves(layers, averages)
+
+        def ahead(layer: Layer) -> Tensor:
+            return self._ahead(averages[layer], layer, self._group(layer))
+
+        moves = self._moves(layers, ahead)
         broken = [layer for layer, move in moves.items() if not move.sound]
         if broken:
             self._reset(broken, seen, closure)
-            moves |= self._moves(broken, averages)
+            moves |= self._moves(broken, ahead)
         sound = {layer: move for layer, move in moves.items() if move.sound}  # the rest is left where it is
         scales = self._scales(sound)
         for group in self._own_groups():
@@ -223,13 +231,16 @@ class KroneckerOptimizer(FactoredOptimizer):
         if self._others is not None:
             self._others.step()
 
-    def _moves(self, layers: Iterable[Layer], averages: Mapping[Layer, Tensor]) -> dict[Layer, Move]:
-        """The steps of these layers before they are taken; P is empty where the factors are elsewhere."""
+    def _moves(self, layers: Iterable[Layer], gradient: Callable[[Layer], Tensor]) -> dict[Layer, Move]:
+        """The steps of these layers before they are taken; P is empty where the factors are elsewhere.
+
+        ``gradient`` tells what the directions are taken of, one layer after the other.
+        """
         directions, own = {}, {}
         for layer in layers:
             directions[layer] = layer.empty()
             if self._owns(layer):
-                DW, state = averages[layer], self.state[layer.weight]
+                DW, state = gradient(layer), self.state[layer.weight]
                 with self._full_precision():
                     P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
                 norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)

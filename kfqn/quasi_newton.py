@@ -72,11 +72,14 @@ class KFQN(SelfTuningOptimizer):
         return state
 
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        beta, decay = group["beta"], self._decay(group)
-        DW = layer.average_DW_(state["DW"], beta, decay)  # line 7; docs/decisions.md, 1
+        DW = state["DW"]
+        return layer.average_DW(DW, group["beta"], self._decay(group), out=DW)  # line 7; docs/decisions.md, 1
+
+    def _ahead(self, DW: Tensor, layer: Layer, group: Group) -> Tensor:
         if not group["automatic"]:
             return DW
-        return layer.average_DW_(DW.clone(), beta, decay)  # Nesterov's momentum: docs/decisions.md, 34
+        # Nesterov's momentum: docs/decisions.md, 34
+        return layer.average_DW(DW, group["beta"], self._decay(group), out=torch.empty_like(DW))
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)

@@ -139,7 +139,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         missing = {*self._missing(self._layers)}
         layers = [layer for layer in self._layers if layer not in missing]
         averages = {layer: self.state[layer.weight]["DW"] for layer in layers if self._owns(layer)}
-        for layer, move in self._moves(layers, averages).items():
+        for layer, move in self._moves(layers, averages.__getitem__).items():
             P = layer.W()
             if self._owns(layer):
                 gone = self.state[layer.weight]["last"][0]

@@ -229,8 +229,8 @@ def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
     state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
-    averages = {layer: optimizer._average(layer, state, group)}
-    layer.add_(optimizer._moves([layer], averages)[layer].P, alpha=0.0)
+    DW = optimizer._ahead(optimizer._average(layer, state, group), layer, group)
+    layer.add_(optimizer._moves([layer], lambda _: DW)[layer].P, alpha=0.0)
 
 
 def _step_alone(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
