@@ -8,7 +8,7 @@ step, at its peak, and what the state holds afterwards.
 Curvature is learnt at some steps only, so KF-BFGS is here twice: at a step with a second pass, and at one
 without. With curvature_interval=k the price is the mean of one of the first kind and k - 1 of the second.
 
-    python benchmarks/step_time.py [--problems allcnn vgg16 resnet20] [--rounds 5] [--threads 2]
+    python benchmarks/step_time.py [--problems allcnn vgg16 resnet20 small] [--rounds 5] [--threads 2]
 """
 
 import argparse
@@ -79,7 +79,16 @@ PROBLEMS: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "allcnn": ("All-CNN-C", lambda: all_cnn_c(10), 256),
     "vgg16": ("VGG16", lambda: vgg16(10), 128),
     "resnet20": ("ResNet-20", lambda: resnet20(10), 256),
+    "small": ("Sixteen small layers", lambda: small_layers(10), 4),
 }
+
+
+def small_layers(classes: int) -> nn.Module:
+    """A network whose step is all calls and no arithmetic."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 8, stride=8), nn.ReLU()]
+    for _ in range(14):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:

@@ -168,7 +168,8 @@ class KFBFGS(KFQN):
             layer's A and to the curvature that it meets (`kfqn.damping`), with ``damping`` in the group as a
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
             ``lr=30, damping=30``.
-        beta: decay of the averages of the gradient and of the pair (s_G, y_G).
+        beta: decay of the averages of the gradient and of the pair (s_G, y_G). With an automatic ``lr`` the
+            step averages the mini-batch's gradient in once more: Nesterov's momentum.
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
