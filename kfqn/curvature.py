@@ -13,7 +13,7 @@ from torch import Tensor
 from kfqn.inputs import Inputs
 
 _BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
-_IN_CACHE = 2**18  # entries of the maps that eq. (13) writes out at a time on a CPU
+_IN_CACHE = 2**20  # entries of the maps that eq. (13) writes out at a time on a CPU
 
 
 def mean_activation(inputs: Inputs, a: Tensor) -> Tensor:

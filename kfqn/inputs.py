@@ -12,6 +12,7 @@ for most layers.
 
 import copy
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -179,9 +180,9 @@ class LinearInputs(Inputs):
 class ConvolutionInputs(Inputs):
     """Those of `torch.nn.Conv1d`, `Conv2d` and `Conv3d`, images (m, channels, *size).
 
-    No a_t is written out for the products: the channels are mixed first, with one product of
-    size |Δ| × J, which leaves one map z_k per offset δ_k of the filter, and the a_t are then met
-    through windows of those maps.
+    No a_t is written out for the products, only one map z_k per offset δ_k of the filter: `inner` mixes the
+    channels first, with one product of size |Δ| × J, and adds up the maps, each moved by its offset;
+    `weighted_sum` moves the weights, and then multiplies them with the channels.
     """
 
     def __init__(self, module: Convolution, homogeneous: bool) -> None:
@@ -195,15 +196,41 @@ class ConvolutionInputs(Inputs):
         sizes = zip(_padded_size(a, self.pad), self.kernel, self.stride, self.dilation, strict=True)
         return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sizes)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.pad, self.mode) if any(self.pad) else x
+    def _padded(self, a: Tensor) -> Tensor:
+        return F.pad(a, self.pad, self.mode) if any(self.pad) else a
 
-    def _windows(self, z: Tensor, T: tuple[int, ...]) -> Tensor:
-        """A view (n, *Δ, *T) of the maps z (n, *Δ, *padded): z_k where offset δ_k meets it at t."""
-        maps, steps = z.stride()[1 : 1 + len(T)], z.stride()[1 + len(T) :]
-        along_T = (s * step for s, step in zip(self.stride, steps, strict=True))
-        diagonal = (m + d * step for m, d, step in zip(maps, self.dilation, steps, strict=True))
-        return z.as_strided((len(z), *self.kernel, *T), (z.stride(0), *diagonal, *along_T))
+    def _with_images(self, a: Tensor) -> tuple[Tensor, list[int]]:
+        """The input with its padding, unless that is zeros, which count for nothing; how much is left out.
+
+        Of each dimension what is left out before its first location.
+        """
+        if self.mode == "constant":
+            return a, self.pad[-2::-2]
+        return self._padded(a), [0] * len(self.kernel)
+
+    def _windows(self, x: Tensor, size: Sequence[int], stride: Sequence[int], start: int = 0) -> Tensor:
+        """A view (n, *Δ, *size) of maps x (n, *positions): what each δ meets in steps of ``stride``."""
+        along_Δ, along_size = (map(operator.mul, by, x.stride()[1:]) for by in (self.dilation, stride))
+        strides = (x.stride(0), *along_Δ, *along_size)
+        return x.as_strided((len(x), *self.kernel, *size), strides, x.storage_offset() + start)
+
+    def _met(self, z: Tensor, i: int, before: int, T: int) -> Tensor:
+        """Maps z (n, *Δ, *size), summed up where the offsets along dimension i meet them.
+
+        The first of *Δ is that of dimension i, and is gone then; of *size the i-th is what T is there.
+        """
+        dim, step = i - len(self.kernel), self.stride[i]
+        before_dim, after_dim = [slice(None)] * (z.ndim - 1 + dim), [slice(None)] * (-dim - 1)
+        size, shape = z.shape[dim], [len(z), *z.shape[2:]]
+        shape[dim] = T
+        u = z.new_zeros(shape)
+        for k, z_k in enumerate(z.unbind(1)):
+            shift = self.dilation[i] * k - before  # location t meets t * step + shift
+            first, end = max(0, -(shift // step)), min(T, (size - 1 - shift) // step + 1)
+            if first < end:
+                met = slice(first * step + shift, (end - 1) * step + shift + 1, step)
+                u[(*before_dim, slice(first, end), *after_dim)] += z_k[(*before_dim, met, *after_dim)]
+        return u
 
     def _by_group(self, a: Tensor) -> Tensor:
         """The images of each group, (m, *g, J, locations)."""
@@ -217,27 +244,30 @@ class ConvolutionInputs(Inputs):
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
         filters = v[..., : self.channels * self.offsets].unflatten(-1, (-1, self.offsets)).mT
+        a, before = self._with_images(a)
         z = (filters @ self._by_group(a)).unflatten(-1, a.shape[2:])  # (m, *g, |Δ|, *size)
-        z = self._padded(z.flatten(0, len(self.groups))).unflatten(1, self.kernel)
-        u: Tensor = self._windows(z, T).flatten(1, len(T)).sum(1).unflatten(0, (-1, *self.groups))
+        z = z.flatten(0, len(self.groups)).unflatten(1, self.kernel)
+        for i in range(len(T)):
+            z = self._met(z, i, before[i], T[i])
+        u: Tensor = z.unflatten(0, (-1, *self.groups))
         return u + self._in_last(v[..., -1])[(..., *[None] * len(T))] if self.homogeneous else u
 
     def weighted_sum(self, a: Tensor, u: Tensor) -> Tensor:
-        T, g = self.locations(a), len(self.groups)
-        z = u.new_zeros(math.prod(u.shape[: 1 + g]), *self.kernel, *_padded_size(a, self.pad))
-        self._windows(z, T).copy_(u.reshape(len(z), *[1] * len(T), *T))
-        if self.mode == "constant":
-            z = F.pad(z, [-p for p in self.pad]) if any(self.pad) else z  # padding counts for nothing
-        else:
-            a = self._padded(a)
-        z = z.flatten(1, len(T)).flatten(2).unflatten(0, (-1, *self.groups))  # (m, *g, |Δ|, locations)
-        return self._with_sum((z @ self._by_group(a).mT).sum(0).mT.flatten(-2), u)
+        T, padded = self.locations(a), _padded_size(a, self.pad)
+        a, before = self._with_images(a)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        around = u.new_zeros(u.shape[: 1 + len(self.groups)].numel(), *map(operator.add, padded, reach))
+        steps = [slice(r, r + s * (n - 1) + 1, s) for r, s, n in zip(reach, self.stride, T, strict=True)]
+        around[(slice(None), *steps)] = u.flatten(0, len(self.groups))
+        start = sum(map(operator.mul, before, around.stride()[1:]))
+        z = self._windows(around, a.shape[2:], [1] * len(T), start)  # the last offset first
+        z = z.reshape(*u.shape[: 1 + len(self.groups)], self.offsets, -1)  # (m, *g, |Δ|, locations)
+        return self._with_sum((z @ self._by_group(a).mT).sum(0).flip(-2).mT.flatten(-2), u)
 
     def patches(self, a: Tensor) -> Tensor:
         T, a = self.locations(a), self._padded(a)
-        size = a.shape[2:]
-        images = self._by_group(a).reshape(-1, *[1] * len(T), *size).expand(-1, *self.kernel, *size)
-        windows = self._windows(images, T).reshape(len(a), *self.groups, -1, math.prod(T))
+        images = self._by_group(a).reshape(-1, *a.shape[2:])
+        windows = self._windows(images, T, self.stride).reshape(len(a), *self.groups, -1, math.prod(T))
         return self._with_ones(windows.mT)
 
 

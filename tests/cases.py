@@ -35,6 +35,9 @@ LAYERS = {
     "conv, all uneven": LayerCase(
         nn.Conv2d, (2, 3, (3, 2)), {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}, (2, 6, 5)
     ),
+    "conv, padding beyond the kernel": LayerCase(
+        nn.Conv2d, (2, 3, (2, 1)), {"stride": (1, 3), "padding": (4, 5)}, (2, 3, 4)
+    ),
     "conv, same, even kernel": LayerCase(nn.Conv2d, (2, 3, (2, 4)), {"padding": "same"}, (2, 5, 5)),
     "conv, valid": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": "valid"}, (2, 4, 5)),
     "conv, circular": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1, "padding_mode": "circular"}, (2, 4, 5)),
