@@ -28,9 +28,9 @@ class Use:
     """One call of a layer's module in a pass, each part only if asked for.
 
     ``m`` data and |T| = ``locations`` went through it; ``batch`` counts the micro-batches. ``a`` is
-    the input tensor itself; ``h`` and ``Dh`` are what the pre-activation and its gradient, both
-    (m, *g, I, |T|), were reduced to. ``start`` is the number of that pass through the model, and what
-    puts the random state back to where it started.
+    the input tensor itself, or None where ``early`` is what it was reduced to; ``h`` and ``Dh`` are what the
+    pre-activation and its gradient, both (m, *g, I, |T|), were reduced to. ``start`` is the number of that
+    pass through the model, and what puts the random state back to where it started.
     """
 
     batch: int
@@ -40,6 +40,8 @@ class Use:
     h: Tensor | None
     Dh: Tensor | None
     start: tuple[int, Rewind] | None
+    wrong: str | None = None  # why the input is of the wrong kind
+    early: Any = None
 
 
 @final
@@ -82,21 +84,22 @@ class Seen:
             return value(self.uses[0])
         return torch.stack([value(use) * weight(use) for use in self.uses]).sum(0)
 
-    def mean(self, of_input: Reduction) -> Tensor:
-        """A mean over data and locations, from one over those of a single input."""
-        return self._sum(
-            lambda use: of_input(self.input(use)),
-            lambda use: self._share_of_data(use) * self._share_of_locations(use),
-        )
+    def mean(self, of_use: Callable[[Use], Tensor]) -> Tensor:
+        """A mean over data and locations, from one over those of a single use."""
+        return self._sum(of_use, lambda use: self._share_of_data(use) * self._share_of_locations(use))
 
-    def sum(self, of_input: Reduction) -> Tensor:
-        """A mean over data and a sum over locations, from one over those of a single input."""
-        return self._sum(lambda use: of_input(self.input(use)), self._share_of_data)
+    def sum(self, of_use: Callable[[Use], Tensor]) -> Tensor:
+        """A mean over data and a sum over locations, from one over those of a single use."""
+        return self._sum(of_use, self._share_of_data)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the inputs are still there."""
+        return all(use.a is not None for use in self.uses)
 
     def input(self, use: Use) -> Tensor:
         """The input of a use, in the layer's `dtype`."""
-        assert use.a is not None
-        return use.a.to(self.layer.dtype)
+        return _known(use.a).to(self.layer.dtype)
 
     def let_go(self) -> None:
         """Drop the inputs, which nothing needs after the step."""
@@ -123,19 +126,25 @@ def _known(value: Tensor | None) -> Tensor:
     return value
 
 
+EarlyReduction = weakref.WeakMethod[Callable[[Seen, Tensor], Any]]
+
+
 @final
 @dataclass(frozen=True)
 class Look:
     """What to keep of each use: its input, and what h and Dh are reduced to.
 
     With ``Dh`` passes with gradients are looked at, without those under ``torch.no_grad()``. ``frozen`` says
-    that no parameter requires a gradient, so that graphs have to start at the pre-activations.
+    that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``early`` says
+    what to keep instead of an input when its gradient arrives, given what was seen of the layer so far; with
+    None it is kept itself.
     """
 
     inputs: bool
     h: Reduction | None = None
     Dh: Reduction | None = None
     frozen: bool = False
+    early: EarlyReduction | None = None
 
 
 @final
@@ -158,6 +167,10 @@ class Watch:
         self._handles.append(model.register_forward_pre_hook(_Start(weakref.ref(self))))
         self.forget()
         self.add(layers)
+
+    def look_first(self, look: Look) -> None:
+        """Look like this from now on."""
+        self._look = self._first = look
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Watch these layers too."""
@@ -183,8 +196,7 @@ class Watch:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
         seen = {layer: self._seen[layer] for layer in self._open if layer in self._seen}
         self.forget()
-        wrong = [layer.wrong_input(_known(use.a)) for layer in seen for use in seen[layer].uses]
-        for message in filter(None, wrong):
+        for message in (use.wrong for layer in seen for use in seen[layer].uses if use.wrong):
             raise ValueError(message)
         return seen
 
@@ -247,6 +259,7 @@ class Watch:
         wrong = layer.wrong_input(a)
         if wrong is not None and look is not self._first:
             raise ValueError(wrong)
+        use.wrong = wrong
         if wrong is None:
             use.locations = math.prod(layer.inputs.locations(a))
             if look.h is not None:  # now: an in-place ReLU overwrites h next
@@ -255,9 +268,11 @@ class Watch:
             self._seen.setdefault(layer, Seen(layer)).uses.append(use)
         else:
             self._open[layer].add(use)
-            h.register_hook(self._arrival(layer, use, look.Dh, wrong is None))
+            h.register_hook(self._arrival(layer, use, look.Dh, look.early))
 
-    def _arrival(self, layer: Layer, use: Use, reduction: Reduction, fits: bool) -> Callable[[Tensor], None]:
+    def _arrival(
+        self, layer: Layer, use: Use, reduction: Reduction, early: EarlyReduction | None
+    ) -> Callable[[Tensor], None]:
         """What to do with the gradient of a use's pre-activation."""
         token = self._token
 
@@ -265,12 +280,17 @@ class Watch:
             if token is not self._token or not _reaches_the_weight(layer):
                 return
             gradient = gradient.detach()  # of a backward pass with create_graph
-            Dh = _reduced(reduction, layer, gradient) if fits else gradient
+            Dh = _reduced(reduction, layer, gradient) if use.wrong is None else gradient
             if use.Dh is not None:  # a closure may call backward for each part of its loss
                 use.Dh = use.Dh + Dh
                 return
             use.Dh = Dh
-            self._seen.setdefault(layer, Seen(layer)).uses.append(use)
+            seen = self._seen.setdefault(layer, Seen(layer))
+            reduce = early() if early is not None else None
+            if reduce is not None and use.a is not None and use.wrong is None:
+                use.early = reduce(seen, use.a)
+                use.a = use.a if use.early is None else None
+            seen.uses.append(use)
             self._open[layer].discard(use)
             self._arrived = True
 

@@ -6,7 +6,6 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from kfqn.capture import Seen
 from kfqn.curvature import damped_inverse, second_moment
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
@@ -92,8 +91,8 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return mean_a  # nothing is asked with it: A itself is wanted
 
-    def _answer(self, record: Seen, s: Tensor) -> Tensor:
-        return record.sum(lambda a: second_moment(record.layer.inputs, a))
+    def _answer(self, layer: Layer, a: Tensor, s: Tensor) -> Tensor:
+        return second_moment(layer.inputs, a)
 
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
         return (*layer.groups, layer.columns, layer.columns)

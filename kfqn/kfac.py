@@ -241,7 +241,7 @@ def _moments(first: Seen, sampled: Seen) -> Moments:
 
 
 def _Omega(seen: Seen) -> Tensor:
-    return seen.sum(lambda a: second_moment(seen.layer.inputs, a))
+    return seen.sum(lambda use: second_moment(seen.layer.inputs, seen.input(use)))
 
 
 def _split(Omega: Tensor, Gamma: Tensor, group: Group) -> tuple[float | Tensor, float | Tensor]:

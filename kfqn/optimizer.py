@@ -51,6 +51,8 @@ class Memory:
     rewinds: list[Rewind] = field(default_factory=list)  # to where each pass through the model started
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
     stepped: bool = False  # whether there was a step since the last second pass
+    used_once: set[Layer] = field(default_factory=set)  # in the last pass that was learnt from
+    broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
 
 
 class KroneckerOptimizer(FactoredOptimizer):
@@ -67,6 +69,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         super().load_state_dict(state_dict)
         self._watch.forget()
         self._memory.stepped = False
+        self._memory.used_once.clear()
 
     @abstractmethod
     def _check_closure(self, closure: Any) -> None:
@@ -219,6 +222,7 @@ class KroneckerOptimizer(FactoredOptimizer):
 
         moves = self._moves(layers, ahead)
         broken = [layer for layer, move in moves.items() if not move.sound]
+        self._memory.broken.clear()
         if broken:
             self._reset(broken, seen, closure)
             moves |= self._moves(broken, ahead)
@@ -305,19 +309,22 @@ class KroneckerOptimizer(FactoredOptimizer):
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """Start these layers anew from this mini-batch; what is averaged over steps is kept.
 
-        One whose inputs are too large even for that keeps its state, and does not move.
+        One whose inputs are too large even for that keeps its state, and does not move; nor does one whose
+        inputs are not there, which starts anew from the next mini-batch.
         """
         for group in (self._group(layer) for layer in layers):
             group["k"] = 0  # young factors: see `curvature_interval`
         for layer in layers:
+            self._memory.broken.add(layer)
             old = self.state.get(layer.weight, {})
             kept = {key: old[key] for key in ("DW", "lambda_G", "step", "counts", "last") if key in old}
             with contextlib.suppress(ValueError):
-                if layer in seen or self._ranks.size > 1:
+                if (layer in seen and seen[layer].has_inputs) or self._ranks.size > 1:
                     self._start_from([layer], seen, closure)
                     if self._owns(layer):
                         self._enter(layer, self.state[layer.weight] | kept)
                         self._count(self.state[layer.weight], {"resets": 1})
+                    self._memory.broken.discard(layer)
         self._warn(
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."

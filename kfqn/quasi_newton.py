@@ -8,7 +8,6 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from kfqn.capture import Seen
 from kfqn.curvature import second_moment_matvec
 from kfqn.damping import damping_A, damping_G, in_units_of
 from kfqn.factors import Moments
@@ -88,9 +87,8 @@ class KFQN(SelfTuningOptimizer):
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)
 
-    def _answer(self, record: Seen, s: Tensor) -> Tensor:
-        inputs = self._inputs(record.layer)
-        return record.sum(lambda a: second_moment_matvec(inputs, a, s))
+    def _answer(self, layer: Layer, a: Tensor, s: Tensor) -> Tensor:
+        return second_moment_matvec(self._inputs(layer), a, s)
 
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
         inputs = self._inputs(layer)

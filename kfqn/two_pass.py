@@ -2,16 +2,16 @@
 
 import contextlib
 import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfqn.capture import Look, Seen
+from kfqn.capture import EarlyReduction, Look, Seen
 from kfqn.closures import Closure
 from kfqn.curvature import (
     mean_activation,
@@ -45,6 +45,14 @@ class First(NamedTuple):
     factor: float
 
 
+class Early(NamedTuple):
+    """What an input was reduced to when its gradient arrived: ā and s (*g, C), and A s."""
+
+    a: Tensor
+    s: Tensor
+    As: Tensor
+
+
 @dataclass
 class Again:
     """What `second_pass` gives: a place for the loss inside it."""
@@ -68,6 +76,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _begin(self) -> None:
         super()._begin()
         self._firsts: dict[Layer, First] = {}  # of a step whose second pass is to come; changed in place
+        early: EarlyReduction = weakref.WeakMethod(self._early)
+        self._watch.look_first(replace(self._first_look, early=early))
 
     def _lambda_A(self, A: Tensor, group: Group) -> float | Tensor:
         """What is added to the A that H_A starts from, (*g, 1) or one number."""
@@ -78,8 +88,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """What A is asked for, (*g, C), given ā (*g, C): the s whose product A s is wanted."""
 
     @abstractmethod
-    def _answer(self, record: Seen, s: Tensor) -> Tensor:
-        """A s of the first pass, or what else of A the method learns from."""
+    def _answer(self, layer: Layer, a: Tensor, s: Tensor) -> Tensor:
+        """A s of an input of the layer, or what else of A the method learns from."""
 
     @abstractmethod
     def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
@@ -122,7 +132,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _A(self, record: Seen) -> Tensor:
         """A of what was seen, or its blocks."""
         inputs = self._inputs(record.layer)
-        return record.sum(lambda a: second_moment(inputs, a))
+        return record.sum(lambda use: second_moment(inputs, record.input(use)))
 
     def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
         with self._full_precision():
@@ -159,10 +169,12 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
         groups = {layer: self._group(layer) for layer in seen}
+        self._memory.used_once.clear()
+        self._memory.used_once.update(layer for layer, record in seen.items() if len(record.uses) == 1)
         seen = {
             layer: record
             for layer, record in seen.items()
-            if self._is_due(groups[layer]["k"] - 1, groups[layer])
+            if layer not in self._memory.broken and self._is_due(groups[layer]["k"] - 1, groups[layer])
         }
         if self._firsts and closure is None:
             self._warn(
@@ -186,12 +198,12 @@ class TwoPassOptimizer(KroneckerOptimizer):
     def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
         """What the first pass says of every layer, over all processes."""
         layers, like = self._layers, self._layers[0].empty()
-        inputs = {layer: self._inputs(layer) for layer in layers}
-        columns = {layer: (*inputs[layer].groups, inputs[layer].columns) for layer in layers}
+        cut = {layer: self._inputs(layer) for layer in layers}
+        columns = {layer: (*inputs.groups, inputs.columns) for layer, inputs in cut.items()}
         rows = {layer: (*layer.groups, layer.rows) for layer in layers}
         again = {layer: record.since(self._memory.since) for layer, record in seen.items()}
         again = {layer: record for layer, record in again.items() if record.uses}
-        own = {(layer, "a"): seen[layer].mean(partial(mean_activation, inputs[layer])) for layer in again}
+        own = {(layer, "a"): self._mean_a(seen[layer]) for layer in again}
         own |= {(layer, "h"): record.h() for layer, record in again.items()}
         own |= {(layer, "Dh"): record.Dh() for layer, record in again.items()}
         shapes = {(layer, "a"): columns[layer] for layer in layers}
@@ -203,8 +215,9 @@ class TwoPassOptimizer(KroneckerOptimizer):
             for layer in known
             if layer.weight in self.state
         }
+        probes |= {layer: record.uses[0].early.s for layer, record in again.items() if not record.has_inputs}
         probes = self._ranks.means(probes, columns, like)
-        answers = {layer: self._answer(seen[layer], probes[layer]) for layer in known if layer in again}
+        answers = {layer: self._answers(seen[layer], probes[layer]) for layer in known if layer in again}
         answers = self._ranks.means(answers, {layer: self._answer_shape(layer) for layer in layers}, like)
         factors = {layer: seen[layer].data / record.data for layer, record in again.items()}
         return {
@@ -213,6 +226,45 @@ class TwoPassOptimizer(KroneckerOptimizer):
             )
             for layer in known
         }
+
+    def _mean_a(self, record: Seen) -> Tensor:
+        """ā, (*g, C)."""
+        inputs = self._inputs(record.layer)
+        return record.mean(
+            lambda use: use.early.a if use.early is not None else mean_activation(inputs, record.input(use))
+        )
+
+    def _answers(self, record: Seen, s: Tensor) -> Tensor:
+        """`_answer` of all the layer's inputs."""
+        return record.sum(
+            lambda use: (
+                use.early.As if use.early is not None else self._answer(record.layer, record.input(use), s)
+            )
+        )
+
+    def _early(self, seen: Seen, a: Tensor) -> Early | None:
+        """What is learnt from an input when its gradient arrives, so that nobody has to hold the input.
+
+        Only where ā and A are likely to be this input's alone, because the layer was used once in the last
+        pass that was learnt from, by one process. If it is used again after all, A is asked for the s of the
+        first use, with which H_A learns no less.
+        """
+        first = seen.uses[0].early if seen.uses else None
+        if first is None and (seen.uses or not self._likely_alone(seen.layer)):
+            return None
+        layer, state = seen.layer, self.state[seen.layer.weight]
+        with torch.no_grad(), self._full_precision():
+            a = a.to(layer.dtype)
+            mean_a = mean_activation(self._inputs(layer), a)
+            s = first.s if first is not None else self._probe(mean_a, state)
+            return Early(mean_a, s, self._answer(layer, a, s))
+
+    def _likely_alone(self, layer: Layer) -> bool:
+        """Whether the next use of a layer is likely to be all that its H_A learns from."""
+        H_A, group = self.state.get(layer.weight, {}).get("H_A"), self._group(layer)
+        there = H_A is not None and (H_A.device, H_A.dtype) == (layer.weight.device, layer.dtype)
+        alone = layer in self._memory.used_once and self._ranks.size == 1
+        return there and alone and layer not in self._memory.broken and self._is_due(group["k"], group)
 
     @contextlib.contextmanager
     def second_pass(self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:

@@ -115,7 +115,7 @@ def test_a_broken_factor_starts_anew_and_the_rest_goes_on(name, how):
     with pytest.warns(
         RuntimeWarning, match=r"the factors of '4' \(Conv2d\) were no longer finite and positive"
     ):
-        train(model, optimizer, [(x, target)])
+        train(model, optimizer, [(x, target)] * 2)  # nobody holds the inputs of the first
     found = optimizer.diagnostics()
     assert found["4"]["resets"] == 1
     assert all(values["resets"] == 0 for name, values in found.items() if name not in ("", "4"))

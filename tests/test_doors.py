@@ -108,6 +108,62 @@ def test_micro_batches_are_one_large_batch(make, sizes, door):
     torch.testing.assert_close(snapshot(twin, theirs), snapshot(model, optimizer), rtol=1e-9, atol=1e-11)
 
 
+def test_inputs_that_nobody_holds_teach_the_same(make):
+    """To the bit what they teach when they are held until the step, as in the first one."""
+    model = odd_cnn()
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    for x, target in batches((2, 6, 6), 6):
+        theirs._memory.used_once.clear()
+        train(model, optimizer, [(x, target)])
+        train(twin, theirs, [(x, target)])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_nobody_holds_the_inputs_after_the_backward_pass(name):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 64), nn.Tanh(), nn.Linear(64, 3))
+    inputs, alive = [], []
+    model[3].register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    optimizer = TWO_PASS[name](model, lr=0.3)
+    for x, target in batches((2, 6, 6), 3):
+        optimizer.zero_grad()
+        backward(model, x, target)
+        alive.append(inputs[-1]() is not None)
+        optimizer.step()
+        with optimizer.second_pass():
+            backward(model, x, target)
+    assert alive == [True, False, False]
+
+
+@pytest.mark.usefixtures("double")
+def test_a_second_micro_batch_that_nobody_expected_is_learnt_from():
+    """A is then asked for the s of the first, whose input is gone; its answer is still that of both."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = kfqn.KFBFGS(model, lr=0.3, damping=4.0, curvature_interval=1)
+    train(model, optimizer, [(torch.randn(8, 3), torch.randint(2, (8,)))])
+    H_A, x, target = optimizer.state[model[0].weight]["H_A"], torch.randn(8, 3), torch.randint(2, (8,))
+    a = torch.cat((x, torch.ones(8, 1)), dim=1)
+    s = H_A @ a[:6].mean(0)
+
+    def one_after_the_other():
+        optimizer.zero_grad()
+        total = 0.0
+        for part in (slice(0, 6), slice(6, 8)):
+            loss = F.cross_entropy(model(x[part]), target[part]) * len(x[part]) / 8
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(one_after_the_other)
+    y = a.T @ (a @ s) / 8 + 2.0 * s
+    torch.testing.assert_close(H_A @ y, s)
+    held = H_A.clone()
+    optimizer.step(one_after_the_other)  # now they are expected
+    s = held @ a.mean(0)
+    torch.testing.assert_close(H_A @ (a.T @ (a @ s) / 8 + 2.0 * s), s)
+
+
 @pytest.mark.usefixtures("double")
 def test_a_closure_may_run_the_last_micro_batch_alone(make):
     """Lightning's do, with accumulate_grad_batches: A is of all of them, the pair for H_G of the last."""

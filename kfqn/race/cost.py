@@ -213,16 +213,15 @@ def second_pass_of(sight: Sight) -> None:
 def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
     states, (group,) = [optimizer.state[layer.weight]], optimizer.param_groups[:1]
     h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    inputs, seen = optimizer._inputs(layer), Seen(layer)
-    seen.uses = sight.seen.uses
-    s = optimizer._probe(sight.seen.mean(partial(mean_activation, inputs)), *states)
-    optimizer._learn_A([s], [optimizer._answer(seen, s)], states, group)
+    a = sight.seen.input(sight.seen.uses[0])
+    s = optimizer._probe(mean_activation(optimizer._inputs(layer), a), *states)
+    optimizer._learn_A([s], [optimizer._answer(layer, a, s)], states, group)
     optimizer._learn_G(*averaged_pairs([h], [Dh], states, group), states, group)
 
 
 @torch.no_grad()
 def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
-    optimizer._take_in("Omega", {layer: sight.seen.sum(partial(second_moment, layer.inputs))})
+    optimizer._take_in("Omega", {layer: second_moment(layer.inputs, sight.seen.input(sight.seen.uses[0]))})
     optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sight.gradient)})
 
 
