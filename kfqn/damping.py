@@ -1,8 +1,9 @@
 """``damping="auto"``: λ_A and λ_G of every layer's own size, where the paper has one √λ for all.
 
-λ_A is the mean eigenvalue of the A that H_A starts from. λ_G is the average of ‖y_G‖/‖s_G‖,
-the curvature that is met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G
-that is kept is λ_G times the inverse Hessian, and starts from I whatever the units of the loss are.
+λ_A is a hundredth of ‖A‖, Frobenius' norm of the A that H_A starts from: of little more than its largest
+eigenvalue, by far that of the mean activation. λ_G is the average of ‖y_G‖/‖s_G‖, the curvature that is
+met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G that is kept is λ_G
+times the inverse Hessian, and starts from I whatever the units of the loss are.
 
 Nothing here reads a number back to the host.
 """
@@ -12,13 +13,16 @@ from torch import Tensor
 
 from kfqn.secant import smallest
 
+SHARE = 0.01  # of ‖A‖ is λ_A
 LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
 
 def damping_A(A: Tensor) -> Tensor:
     """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet."""
-    mean = A.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return torch.where(mean > smallest(mean.dtype), mean, 1.0)
+    largest = A.diagonal(dim1=-2, dim2=-1).amax(-1)  # entry; its square may overflow
+    known = largest > smallest(largest.dtype)
+    largest = torch.where(known, largest, 1.0)
+    return torch.where(known, SHARE * largest * torch.linalg.matrix_norm(A / largest[..., None, None]), 1.0)
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
