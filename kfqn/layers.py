@@ -90,7 +90,7 @@ class Layer(ABC):
         """The gradients as one matrix (*g, I, C), on the scale of ``.grad``, with ``decay`` × W added."""
         weight, *bias = self.gradients()
         DW = self._matrix(weight, bias[0] if bias else None)
-        for p, part in self._parts(DW) if decay else ():
+        for p, part in self.parts(DW) if decay else ():
             part.add_(p, alpha=decay)
         return DW
 
@@ -99,7 +99,7 @@ class Layer(ABC):
 
         DW is not written out, which would be a copy of the gradient.
         """
-        for (p, old), (_, new) in zip(self._parts(average), self._parts(out), strict=True):
+        for (p, old), (_, new) in zip(self.parts(average), self.parts(out), strict=True):
             assert p.grad is not None
             torch.lerp(old, p.grad.to(old.dtype), 1 - beta, out=new)
             if decay:
@@ -112,15 +112,15 @@ class Layer(ABC):
 
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (*g, I, C)."""
-        for p, part in self._parts(P.contiguous()):
+        for p, part in self.parts(P.contiguous()):
             p.add_(part, alpha=alpha)  # rounded to the parameter's type once
 
     def set_(self, W: Tensor) -> None:
         """Make W, of shape (*g, I, C), the parameters, in place."""
-        for p, part in self._parts(W.contiguous()):
+        for p, part in self.parts(W.contiguous()):
             p.copy_(part)
 
-    def _parts(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter with a view of its share of a matrix (*g, I, C)."""
         yield self.weight, W[..., : self.fan_in].view(self.weight.shape)
         if self.bias is not None:

@@ -302,9 +302,14 @@ class KroneckerOptimizer(FactoredOptimizer):
         else:
             P = layer.W()
         self._ranks.send(P, self._owners.get(layer))
-        if group["weight_decay"] and group["decoupled_weight_decay"]:
-            layer.set_(layer.W().mul_(1 - self._shrinking(group) * group["weight_decay"]))
-        layer.add_(P, alpha=-lr if momentum else -lr * scale)
+        decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+        self._add(layer, P, -lr if momentum else -lr * scale, self._shrinking(group) * decay)
+
+    def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
+        """W ← (1 − shrinking) W + alpha P."""
+        if shrinking:
+            layer.set_(layer.W().mul_(1 - shrinking))
+        layer.add_(P, alpha)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """Start these layers anew from this mini-batch; what is averaged over steps is kept.

@@ -34,6 +34,7 @@ from kfqn.two_pass import TwoPassOptimizer
 class Pending:
     """A step that is to be judged by its second pass; one object that is changed in place, as `Memory`."""
 
+    judged: bool = False
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
@@ -42,6 +43,7 @@ class Pending:
     share: float = 0.0  # of its size that an automatic layer moves
 
     def clear(self) -> None:
+        self.judged = False
         self.before.clear()
         self.slopes.clear()
         self.D = self.gone = self.scheduled = self.share = 0.0
@@ -56,7 +58,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     against each other depends on the units of both, and the loss along a step says nothing of it. A state
     keeps the averaged gradient as ``DW``.
 
-    Before a step that is to be judged the parameters are copied, and put back to the bit if it is rejected;
+    Of a step that is to be judged the parameters before are kept, and put back to the bit if it is rejected;
     of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
     next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
     """
@@ -154,8 +156,9 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             super()._update(layers, seen, closure)
             return
         judged = any(self._is_due(group["k"], group) for group in self._own_groups())
-        if judged:
-            moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._pending.judged = judged
+        if judged and self._others is not None:
+            moving = [p for group in self._others.param_groups for p in group["params"] if p.grad is not None]
             self._pending.before.update({p: p.clone() for p in moving})
         for layer in {*self._layers} - {*layers}:
             if layer.weight in self.state:
@@ -163,6 +166,13 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         super()._update(layers, seen, closure)
         self._search = stepped(self._search, judged)
         self._pending.slopes.extend(self._slopes() if judged else [])
+
+    def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
+        """As everywhere; P then is the place where W is kept, should it have to be put back."""
+        W, P = layer.W() if self._pending.judged else None, P.contiguous()
+        super()._add(layer, P, alpha, shrinking)
+        if W is not None:
+            self._pending.before.update(layer.parts(P.copy_(W)))
 
     def _slopes(self) -> list[Tensor]:
         """⟨∇f, ΔW⟩ of the automatic layers, the same with L2, and of everything that moved."""
@@ -245,7 +255,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._search, share = judged(self._search, trial, self._automatic[0]["beta"])
         if share < 1:
             for p, W in pending.before.items():
-                p.copy_(W.lerp_(p, share) if share else W)
+                p.copy_(W.lerp_(p.to(W.dtype), share) if share else W)
             for layer in self._layers:
                 if layer.weight in self.state:
                     self.state[layer.weight]["last"][0] *= share
