@@ -22,6 +22,7 @@ from kfqn.step_size import (
     Trial,
     far_above,
     judged,
+    left_by_noise,
     stepped,
     undone,
     with_loss,
@@ -203,16 +204,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         mean = math.exp(statistics.fmean(map(math.log, reaches)))
         if not self._search.rate:
             self._search = self._search._replace(rate=FIRST * TRUSTED / len(own) / mean)
-        reach = self._search.rate * mean
-        self._pending.share = within_bounds(reach, len(own))
-        left = self._pending.share / reach if reach > 0 else 1.0
+        search, reach = self._search, self._search.rate * mean
+        even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
+        left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
+        D = sum(even[layer] * move.slope for layer, move in own.items())
+        left *= left_by_noise(search, search.rate * left * D, len(own))
+        self._pending.share = left * reach
         for layer, move in own.items():
-            even = mean / usual[layer] if usual[layer] > 0 else 0.0
-            scales[layer] = even * left
-            gone = self._search.rate * scales[layer] * move.slope
-            self._pending.D += even * move.slope
+            scales[layer] = even[layer] * left
+            gone = search.rate * scales[layer] * move.slope
             self._pending.gone += gone
             self._pending.scheduled += gone * self._factor(self._group(layer))
+        self._pending.D = D
         return scales
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:

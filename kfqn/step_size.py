@@ -5,6 +5,10 @@ and the curvature c = 2 (f₁ − f₀ − ⟨∇f, ΔW⟩) / ρ². Both are div
 the averaged gradient in the metric H, so that they stay of one order while the loss falls, and averaged
 over steps. The parabola of the averages is lowest at ρ = ā / c̄.
 
+A batch judges the step that was made for it too well, the more so the fewer data it has for the weights. By
+how much the next batch's loss lies above its own, after the step, is what it has gained alone; steps are kept
+so small that this stays within some times the noise, the difference of losses from batch to batch.
+
 Where the loss comes no lower any more, what is left are steps about in the noise of batches: they are halved.
 
 Nothing here knows of networks or tensors; `kfqn.self_tuning` takes the steps. All is invariant to the
@@ -30,6 +34,9 @@ USUAL = 5  # losses until that is known
 TRUSTED = 0.3  # share of their sizes, all added up, that layers move as far as the parabola says
 LARGEST = 0.6  # and that they never move by more than
 FIRST = 0.2  # of what is trusted is the first step
+ALONE = 0.4  # times the noise and the layers may a step gain on its own batch alone, about
+RECENT = 0.8  # decay, a judged step, of what is known of that
+LEAST_LEFT = 0.1  # of a step, however much it would be
 PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
 PROGRESS = 4.0  # times the noise, to speak of
 CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
@@ -45,6 +52,11 @@ def within_bounds(share: float, layers: int) -> float:
     """
     trusted = TRUSTED / layers
     return share if share <= trusted else min(math.sqrt(trusted * share), LARGEST / layers)
+
+
+def left_by_noise(search: "Search", reach: float, layers: int) -> float:
+    """How much is left of a step of ρ D = ``reach``, so that its batch gains not too much alone."""
+    return max(LEAST_LEFT, layers * search.most / reach) if 0 < layers * search.most < reach else 1.0
 
 
 class Search(NamedTuple):
@@ -68,6 +80,11 @@ class Search(NamedTuple):
     lowest: float = 0.0  # the lowest it has been since,
     idle: int = 0  # and how many batches ago
     left: float = 1.0  # of the steps, after halvings
+    after: float = 0.0  # the loss that the last judged step left its own batch with,
+    reach: float = 0.0  # and its ρ D
+    alone: float = 0.0  # sums over judged steps of what only their own batch gained, over ρ D,
+    alones: float = 0.0  # with decaying weights, and the sum of these
+    most: float = 0.0  # ρ D, for each layer, that gains no more alone than noise allows; 0 where none does
 
 
 class Trial(NamedTuple):
@@ -95,7 +112,7 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
 
     ``beta`` is the decay of D̂W, whose first averages are too short.
     """
-    rate, rho = trial.rate, trial.rate * trial.factor
+    search, rate, rho = _asked(search, trial.before), trial.rate, trial.rate * trial.factor
     curved = trial.after - trial.before - trial.slope_of_all
     if not math.isfinite(curved):
         return _rejected(search, rate * CUT), 0.0
@@ -125,7 +142,19 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
         wanted = min(wanted, max(rate / 2, SHARE * a / c))
     if change > 0:
         wanted = min(wanted, rate / GROWTH)
+    search = search._replace(after=trial.after, reach=rho * trial.D)
     return search._replace(rate=wanted, limited=limited, since=0, due=False), 1.0
+
+
+def _asked(search: Search, loss: float) -> Search:
+    """After another batch, with this loss, has been asked what it thinks of the last judged step."""
+    if not search.reach > 0 or not math.isfinite(loss):
+        return search
+    alone = RECENT * search.alone + (1 - RECENT) * (loss - search.after) / search.reach
+    alones = RECENT * search.alones + 1 - RECENT
+    bounded = alone > 0 and search.losses >= USUAL
+    most = ALONE * search.noise / (alone / alones) if bounded else 0.0
+    return search._replace(alone=alone, alones=alones, most=most, reach=0.0)
 
 
 def _wanted(search: Search, rate: float) -> tuple[float, float]:
