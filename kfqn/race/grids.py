@@ -85,6 +85,8 @@ RESNET20: dict[str, Grid] = {
 OURS = {  # problems with ranges in torch's convention
     "digits": DIGITS,
     "digits-mlp": DIGITS,
+    "cifar10-lenet5": DIGITS,
+    "cifar10-mlp": DIGITS,
     "cifar10-resnet20": RESNET20,
 }
 

@@ -87,6 +87,28 @@ def mlp(classes: int, channels: int = 1, width: int = 64, side: int = 8) -> nn.S
     )
 
 
+def lenet5(classes: int, channels: int = 3, width: int = 6) -> nn.Sequential:
+    """LeNet-5 (LeCun et al. 1998) for images of 32×32, with tanh, initialised as torch does.
+
+    ``width`` is the number of filters of the first convolution, 6 there; the rest keeps its proportions.
+    """
+    filters, hidden, last = 8 * width // 3, 20 * width, 14 * width  # 16, 120 and 84
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(width, filters, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(25 * filters, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, last),
+        nn.Tanh(),
+        nn.Linear(last, classes),
+    )
+
+
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2), nn.ReLU(inplace=True)
 
