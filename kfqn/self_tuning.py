@@ -122,16 +122,22 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         self._pending.clear()
-        if loss is not None and self._automatic:
-            self._meet()  # before anything is averaged: every process has to know the same
-            (value,) = self._mean([loss])
-            if far_above(self._search, value):
-                self._watch.take()
-                self._undo()
-                self._search = undone(self._search)
-                return None
-            self._search = with_loss(self._search, value)
-        return super()._move(loss, closure)
+        if loss is None or not self._automatic:
+            return super()._move(loss, closure)
+        self._meet()  # before anything is averaged: every process has to know the same
+        (value,), known = self._mean([loss]), self._search
+        if far_above(known, value):
+            self._watch.take()
+            self._undo()
+            self._search = undone(known)
+            return None
+        self._search, moved = with_loss(known, value), None
+        try:
+            moved = super()._move(loss, closure)
+        finally:
+            if moved is None:  # the step was refused: nothing is to change
+                self._search = known
+        return moved
 
     def _undo(self) -> None:
         """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
