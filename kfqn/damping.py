@@ -1,9 +1,9 @@
 """``damping="auto"``: λ_A and λ_G of every layer's own size, where the paper has one √λ for all.
 
-λ_A is a hundredth of ‖A‖, Frobenius' norm of the A that H_A starts from: of little more than its largest
-eigenvalue, by far that of the mean activation. λ_G is the average of ‖y_G‖/‖s_G‖, the curvature that is
-met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G that is kept is λ_G
-times the inverse Hessian, and starts from I whatever the units of the loss are.
+λ_A is a hundredth of ‖A‖, Frobenius' norm of the A that H_A starts from: where inputs have a large mean, as
+after ReLU, about A's largest eigenvalue, that of the mean. λ_G is the average of ‖y_G‖/‖s_G‖, the curvature
+that is met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G that is kept is
+λ_G times the inverse Hessian, and starts from I whatever the units of the loss are.
 
 Nothing here reads a number back to the host.
 """

@@ -210,7 +210,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         return False
 
     def _update(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
-        """Move every parameter; a layer whose factors turn out to be broken starts anew first."""
+        """Move every parameter; a layer whose factors turn out to be broken starts anew first, if it can."""
         averages = {
             layer: self._average(layer, self.state[layer.weight], self._group(layer))
             for layer in layers
@@ -221,7 +221,8 @@ class KroneckerOptimizer(FactoredOptimizer):
             return self._ahead(averages[layer], layer, self._group(layer))
 
         moves = self._moves(layers, ahead)
-        broken = [layer for layer, move in moves.items() if not move.sound]
+        waiting = self._memory.broken if self._ranks.size == 1 else set()
+        broken = [layer for layer, move in moves.items() if not move.sound or layer in waiting]
         self._memory.broken.clear()
         if broken:
             self._reset(broken, seen, closure)
@@ -301,6 +302,7 @@ class KroneckerOptimizer(FactoredOptimizer):
             state["last"][0] = lr * scale * move.norm
         else:
             P = layer.W()
+        P = P.contiguous()
         self._ranks.send(P, self._owners.get(layer))
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
         self._add(layer, P, -lr if momentum else -lr * scale, self._shrinking(group) * decay)

@@ -153,7 +153,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             P = layer.W()
             if self._owns(layer):
                 gone = self.state[layer.weight]["last"][0]
-                P = move.P * (gone / move.norm) if move.norm > 0 else move.P
+                P = (move.P * (gone / move.norm) if move.norm > 0 else move.P).contiguous()
                 gone.zero_()
             self._ranks.send(P, self._owners.get(layer))
             layer.add_(P, alpha=1.0)
@@ -176,7 +176,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """As everywhere; P then is the place where W is kept, should it have to be put back."""
-        W, P = layer.W() if self._pending.judged else None, P.contiguous()
+        W = layer.W() if self._pending.judged else None
         super()._add(layer, P, alpha, shrinking)
         if W is not None:
             self._pending.before.update(layer.parts(P.copy_(W)))
@@ -214,7 +214,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
         left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
         D = sum(even[layer] * move.slope for layer, move in own.items())
-        left *= left_by_noise(search, search.rate * left * D, len(own))
+        scheduled = sum(
+            even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
+        )
+        left *= left_by_noise(search, search.rate * left * scheduled, len(own))
         self._pending.share = left * reach
         for layer, move in own.items():
             scales[layer] = even[layer] * left

@@ -6,8 +6,8 @@ the averaged gradient in the metric H, so that they stay of one order while the 
 over steps. The parabola of the averages is lowest at ρ = ā / c̄.
 
 A batch judges the step that was made for it too well, the more so the fewer data it has for the weights. By
-how much the next batch's loss lies above its own, after the step, is what it has gained alone; steps are kept
-so small that this stays within some times the noise, the difference of losses from batch to batch.
+how much the next judged batch's loss lies above its own, after the step, is what it has gained alone; steps
+are kept so small that this stays within some times the noise, the difference of losses from batch to batch.
 
 Where the loss comes no lower any more, what is left are steps about in the noise of batches: they are halved.
 
@@ -36,7 +36,7 @@ LARGEST = 0.6  # and that they never move by more than
 FIRST = 0.2  # of what is trusted is the first step
 ALONE = 0.4  # times the noise and the layers may a step gain on its own batch alone, about
 RECENT = 0.8  # decay, a judged step, of what is known of that
-LEAST_LEFT = 0.1  # of a step, however much it would be
+LEAST_LEFT = 0.1  # of a step, however much it gains alone; the next may be a tenth of that
 PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
 PROGRESS = 4.0  # times the noise, to speak of
 CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
@@ -80,11 +80,11 @@ class Search(NamedTuple):
     lowest: float = 0.0  # the lowest it has been since,
     idle: int = 0  # and how many batches ago
     left: float = 1.0  # of the steps, after halvings
-    after: float = 0.0  # the loss that the last judged step left its own batch with,
+    after: float = 0.0  # the loss that the last judged step left its own batch with, others' part aside,
     reach: float = 0.0  # and its ρ D
-    alone: float = 0.0  # sums over judged steps of what only their own batch gained, over ρ D,
-    alones: float = 0.0  # with decaying weights, and the sum of these
-    most: float = 0.0  # ρ D, for each layer, that gains no more alone than noise allows; 0 where none does
+    alone: float = 0.0  # sums over judged steps of what only their own batch gained
+    reaches: float = 0.0  # and of ρ D, with decaying weights
+    most: float = 0.0  # ρ D, for each layer, that would gain as much alone as noise allows; 0: no bound
 
 
 class Trial(NamedTuple):
@@ -142,7 +142,7 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
         wanted = min(wanted, max(rate / 2, SHARE * a / c))
     if change > 0:
         wanted = min(wanted, rate / GROWTH)
-    search = search._replace(after=trial.after, reach=rho * trial.D)
+    search = search._replace(after=trial.before + change, reach=rho * trial.D)
     return search._replace(rate=wanted, limited=limited, since=0, due=False), 1.0
 
 
@@ -150,11 +150,11 @@ def _asked(search: Search, loss: float) -> Search:
     """After another batch, with this loss, has been asked what it thinks of the last judged step."""
     if not search.reach > 0 or not math.isfinite(loss):
         return search
-    alone = RECENT * search.alone + (1 - RECENT) * (loss - search.after) / search.reach
-    alones = RECENT * search.alones + 1 - RECENT
+    alone = RECENT * search.alone + (1 - RECENT) * (loss - search.after)
+    reaches = RECENT * search.reaches + (1 - RECENT) * search.reach
     bounded = alone > 0 and search.losses >= USUAL
-    most = ALONE * search.noise / (alone / alones) if bounded else 0.0
-    return search._replace(alone=alone, alones=alones, most=most, reach=0.0)
+    most = ALONE * search.noise * reaches / alone if bounded else 0.0
+    return search._replace(alone=alone, reaches=reaches, most=most, reach=0.0)
 
 
 def _wanted(search: Search, rate: float) -> tuple[float, float]:

@@ -52,6 +52,10 @@ class Early(NamedTuple):
     s: Tensor
     As: Tensor
 
+    def like(self, layer: Layer) -> "Early":
+        """The same where the layer is now, and of its type."""
+        return Early(*(x.to(layer.empty()) for x in self))
+
 
 @dataclass
 class Again:
@@ -213,9 +217,13 @@ class TwoPassOptimizer(KroneckerOptimizer):
         probes = {
             layer: self._probe(means[layer, "a"], self.state[layer.weight])
             for layer in known
-            if layer.weight in self.state
+            if layer.weight in self.state and (layer not in again or again[layer].has_inputs)
         }
-        probes |= {layer: record.uses[0].early.s for layer, record in again.items() if not record.has_inputs}
+        probes |= {
+            layer: record.uses[0].early.like(layer).s
+            for layer, record in again.items()
+            if not record.has_inputs
+        }
         probes = self._ranks.means(probes, columns, like)
         answers = {layer: self._answers(seen[layer], probes[layer]) for layer in known if layer in again}
         answers = self._ranks.means(answers, {layer: self._answer_shape(layer) for layer in layers}, like)
@@ -231,14 +239,20 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """ā, (*g, C)."""
         inputs = self._inputs(record.layer)
         return record.mean(
-            lambda use: use.early.a if use.early is not None else mean_activation(inputs, record.input(use))
+            lambda use: (
+                use.early.like(record.layer).a
+                if use.early is not None
+                else mean_activation(inputs, record.input(use))
+            )
         )
 
     def _answers(self, record: Seen, s: Tensor) -> Tensor:
         """`_answer` of all the layer's inputs."""
         return record.sum(
             lambda use: (
-                use.early.As if use.early is not None else self._answer(record.layer, record.input(use), s)
+                use.early.like(record.layer).As
+                if use.early is not None
+                else self._answer(record.layer, record.input(use), s)
             )
         )
 
@@ -263,7 +277,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
         """Whether the next use of a layer is likely to be all that its H_A learns from."""
         H_A, group = self.state.get(layer.weight, {}).get("H_A"), self._group(layer)
         there = H_A is not None and (H_A.device, H_A.dtype) == (layer.weight.device, layer.dtype)
-        alone = layer in self._memory.used_once and self._ranks.size == 1
+        met = self._watch.data_parallel is None or self._process_group is not None
+        alone = layer in self._memory.used_once and met and self._ranks.size == 1
         return there and alone and layer not in self._memory.broken and self._is_due(group["k"], group)
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import batches, closure, mlp, odd_cnn
 from test_contract import OPTIMIZERS, TWO_PASS, snapshot, train, unchanged
+from torch import nn
 
 import kfqn
 from kfqn.race.data import digits
@@ -122,6 +123,31 @@ def test_a_broken_factor_starts_anew_and_the_rest_goes_on(name, how):
     losses = train(model, optimizer, [(x, target)] * 60)
     assert losses[-1] < 0.5 * losses[0]
     assert all_finite(model, optimizer)
+
+
+def test_a_factor_that_is_broken_for_some_gradients_only_starts_anew_too():
+    """Sound in the next step, where there are inputs to start from, it would be left as it is."""
+    model, x = nn.Sequential(nn.Linear(4, 3, bias=False)), torch.randn(16, 4)
+    optimizer = kfqn.KFBFGS(model, lr=0.01, damping=1.0, beta=0.0, curvature_interval=1)
+
+    def step(row):
+        def evaluate():
+            optimizer.zero_grad()
+            loss = model(x)[:, row].mean() + 1e-3 * model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+
+    for _ in range(3):
+        step(1)
+    H_G = optimizer.state[model[0].weight]["H_G"]
+    H_G.copy_(torch.diag(torch.tensor([-1.0, 1.0, 1.0])))
+    with pytest.warns(RuntimeWarning, match="no longer finite and positive"):
+        step(0)
+    step(1)
+    assert optimizer.diagnostics()["0"]["resets"] == 1
+    assert torch.linalg.eigvalsh(optimizer.state[model[0].weight]["H_G"]).min() > 0
 
 
 @pytest.mark.filterwarnings(REFUSED, ANEW)

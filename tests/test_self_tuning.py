@@ -265,6 +265,33 @@ def test_a_net_that_could_learn_every_batch_by_heart_learns_what_they_share(seed
     assert F.cross_entropy(model(x), target) < 1.03 < math.log(3)
 
 
+@pytest.mark.parametrize("factor", [lambda k: 0.01, lambda k: min(1.0, (k + 1) / 100) ** 2 + 1e-4])
+def test_noise_does_not_shorten_what_a_scheduler_has_shortened(factor):
+    """Constantly or while it warms up: bounded by more than the noise asks for, the loss stays at 1.1."""
+    torch.manual_seed(1)
+    teacher = torch.randn(20, 3) / 20**0.5
+
+    def batch(m):
+        x = torch.randn(m, 20)
+        return x, (x @ teacher + 0.7 * torch.randn(m, 3)).argmax(1)
+
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3))
+    optimizer, (x, target) = kfqn.KFBFGS(model), batch(2000)
+    for k in range(300):
+        optimizer.param_groups[0]["lr"] = factor(k)
+        optimizer.step(closure(model, optimizer, *batch(50)))
+    assert F.cross_entropy(model(x), target) < 0.85
+
+
+def test_what_other_parameters_gain_alone_does_not_stop_the_layers():
+    """An embedding that learns its batch by heart is none of their business."""
+    search = Search(loss=5.0, noise=0.05, losses=9, steps=30, rate=0.5, descent=2.0, weight=1.0)
+    trial = on_a_parabola(search, a=0.1, c=0.1, D=1.0)
+    trial = trial._replace(slope_of_all=-3.0, after=trial.before - 2.5)
+    search, _ = judged(search, trial, 0.9)
+    assert search.after == pytest.approx(trial.before + trial.slope)
+
+
 def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
     model, data = odd_cnn(), batches((2, 6, 6), 30)
     optimizer = make(model)

@@ -261,8 +261,8 @@ def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
 def test_the_committed_settings_are_the_best_of_the_committed_grid():
     """tuned.json holds outcome and choice; they must agree with each other and with the grid in the code.
 
-    The digits were swept whole, with two seeds, for either network; ResNet-20 cut down, by halving and with
-    one.
+    The digits were swept whole, with two seeds, for either network; ResNet-20 and LeNet-5 cut down, by
+    halving and with one.
     """
     sweeps = json.loads(Path(entrants.__file__).with_name("tuned.json").read_text(encoding="utf-8"))
     assert set(sweeps) == set(grids.OURS)

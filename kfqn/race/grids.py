@@ -86,7 +86,6 @@ OURS = {  # problems with ranges in torch's convention
     "digits": DIGITS,
     "digits-mlp": DIGITS,
     "cifar10-lenet5": DIGITS,
-    "cifar10-mlp": DIGITS,
     "cifar10-resnet20": RESNET20,
 }
 

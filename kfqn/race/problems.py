@@ -71,12 +71,6 @@ def _mlp(classes: int, channels: int, width: int) -> "nn.Module":
     return mlp(classes, channels, width)
 
 
-def _large_mlp(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import mlp
-
-    return mlp(classes, channels, width, side=32)
-
-
 def _lenet5(classes: int, channels: int, width: int) -> "nn.Module":
     from kfqn.race.models import lenet5
 
@@ -157,7 +151,6 @@ PROBLEMS = {
         _on_cifar("cifar10-vgg16", "CIFAR-10, VGG16", _cifar_10, 10, _vgg16, 64),
         _on_cifar("cifar10-resnet20", "CIFAR-10, ResNet-20", _cifar_10, 10, _resnet20, 16),
         _on_cifar("cifar10-lenet5", "CIFAR-10, LeNet-5", _cifar_10, 10, _lenet5, 6),
-        _on_cifar("cifar10-mlp", "CIFAR-10, perceptron", _cifar_10, 10, _large_mlp, 256),
         _on_cifar("cifar100-allcnn", "CIFAR-100, All-CNN-C", _cifar_100, 100, _all_cnn_c, 96),
         _on_cifar("cifar100-vgg16", "CIFAR-100, VGG16", _cifar_100, 100, _vgg16, 64),
     )
