@@ -120,6 +120,19 @@ def test_inputs_that_nobody_holds_teach_the_same(make):
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
+def test_what_inputs_have_taught_follows_the_model_to_another_type(make):
+    model, (first, second) = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), batches((2, 6, 6), 2)
+    optimizer = make(model)
+    train(model, optimizer, [first])
+    optimizer.zero_grad()
+    backward(model, *second)
+    model.double()
+    optimizer.step()
+    with optimizer.second_pass():
+        backward(model, second[0].double(), second[1])
+    assert optimizer.state[model[1].weight]["H_A"].dtype == torch.float64
+
+
 @pytest.mark.parametrize("name", TWO_PASS)
 def test_nobody_holds_the_inputs_after_the_backward_pass(name):
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 64), nn.Tanh(), nn.Linear(64, 3))
