@@ -218,14 +218,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
         )
         left *= left_by_noise(search, search.rate * left * scheduled, len(own))
-        self._pending.share = left * reach
-        for layer, move in own.items():
-            scales[layer] = even[layer] * left
-            gone = search.rate * scales[layer] * move.slope
-            self._pending.gone += gone
-            self._pending.scheduled += gone * self._factor(self._group(layer))
-        self._pending.D = D
-        return scales
+        pending, rate = self._pending, search.rate * left
+        pending.share, pending.D = left * reach, D
+        pending.gone, pending.scheduled = rate * D, rate * scheduled
+        return scales | {layer: even[layer] * left for layer in own}
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
