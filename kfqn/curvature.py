@@ -21,8 +21,7 @@ def mean_activation(inputs: Inputs, a: Tensor) -> Tensor:
 
     Taking the mean over the data first leaves one datum's work.
     """
-    ones = a.new_ones(1, *inputs.groups, *inputs.locations(a))
-    return inputs.weighted_sum(_mean_over_data(a)[None], ones) / math.prod(inputs.locations(a))
+    return inputs.mean(_sum_over_data(a, 1 / len(a)))
 
 
 def second_moment_matvec(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
@@ -34,8 +33,8 @@ def second_moment_matvec(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
     if a.device.type == "cpu":
         maps = math.prod((*inputs.groups, *inputs.locations(a))) * inputs.offsets
         data = max(1, min(data, _IN_CACHE // max(1, maps)))
-    parts = (inputs.weighted_sum(part, inputs.inner(part, v)) for part in a.split(data))
-    return sum(parts, start=torch.zeros_like(v)) / len(a)
+    first, *rest = (inputs.weighted_sum(part, inputs.inner(part, v)) for part in a.split(data))
+    return sum(rest, start=first) / len(a)
 
 
 def second_moment(inputs: Inputs, a: Tensor) -> Tensor:
@@ -68,8 +67,7 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
 def mean_preactivation(h: Tensor) -> Tensor:
     """h̄ = E_n[1/|T| Σ_t h_t(n)], (*g, I), the mean that eq. (10) subtracts; ``h`` is (m, *g, I, |T|)."""
-    mean = _mean_over_data(h)
-    return mean.mean(-1) if mean.shape[-1] > 1 else mean[..., 0]
+    return _mean_over_locations(_sum_over_data(h, 1 / len(h)))
 
 
 def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
     ``gradient`` (m, *g, I, |T|) is autograd's, of a loss that is a mean over the batch; Dh
     belongs to one datum's loss, hence a factor m (`docs/decisions.md`, 3).
     """
-    return len(gradient) * mean_preactivation(gradient)
+    return _mean_over_locations(_sum_over_data(gradient, 1.0))
 
 
 def second_moment_of_gradient(gradient: Tensor) -> Tensor:
@@ -92,6 +90,10 @@ def second_moment_of_gradient(gradient: Tensor) -> Tensor:
     return (Dh @ Dh.mT).mul_(m / locations)
 
 
-def _mean_over_data(x: Tensor) -> Tensor:
-    # A matrix-vector product reads x twice as fast as x.mean(0) does on a CPU.
-    return (x.new_full((len(x),), 1 / len(x)) @ x.flatten(1)).view(x.shape[1:])
+def _sum_over_data(x: Tensor, weight: float) -> Tensor:
+    """``weight`` times the sum of ``x`` (m, …); a product reads x twice as fast as x.sum(0) does on a CPU."""
+    return (x.new_full((len(x),), weight) @ x.flatten(1)).view(x.shape[1:])
+
+
+def _mean_over_locations(x: Tensor) -> Tensor:
+    return x.mean(-1) if x.shape[-1] > 1 else x[..., 0]

@@ -212,7 +212,7 @@ class FactoredOptimizer(LayeredOptimizer):
             for w in (layer.weight for layer in wanted)
         ]
         if self._shard and wanted:
-            ready = self._ranks.any(torch.tensor(ready)).tolist()
+            ready = self._ranks.any(torch.tensor(ready, device=self._layers[0].weight.device)).tolist()
         return [layer for layer, there in zip(wanted, ready, strict=True) if not there]
 
     def _meet(self) -> None:
@@ -270,7 +270,8 @@ class FactoredOptimizer(LayeredOptimizer):
         none = torch.zeros_like(next(iter(flags.values())))
         table = torch.cat([flags.get(name, none) for name in self._counted], dim=1).float()
         counts = [state["counts"] for state in states]
-        torch._foreach_add_(counts, [of_layer.sum(0) for of_layer in rows.by_layer(table)])
+        sums = [of_layer[0] if len(of_layer) == 1 else of_layer.sum(0) for of_layer in rows.by_layer(table)]
+        torch._foreach_add_(counts, sums)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

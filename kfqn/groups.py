@@ -22,7 +22,7 @@ NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
 
 def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
     """What trains the parameters that belong to no layer, unless told otherwise."""
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, foreach=True)
 
 
 class LayeredOptimizer(torch.optim.Optimizer, ABC):

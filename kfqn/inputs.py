@@ -92,22 +92,29 @@ class Inputs(ABC):
     def times(self, V: Tensor, H: Tensor) -> Tensor:
         """V H, (*g, I, C) of the whole, for H (*g, C, C) or its blocks, each with its own columns of V.
 
-        Block by block into the result, so that nothing of V's size is copied.
+        All blocks but the last, to which the homogeneous coordinate belongs, in one product; into the result,
+        so that nothing of V's size is copied.
         """
         if self.blocks is None:
             return V @ H
-        P = torch.empty_like(V)
-        width, total = self.blocks.size * self.offsets, self.blocks.total * self.offsets
-        for n, H_n in enumerate(H.unbind(-3)):
-            start, end = n * width, min((n + 1) * width, total)
-            if end < total:
-                H_n = H_n[..., :width, :width]  # the homogeneous coordinate is not among its columns
-            elif end - start < width:  # and the last block is filled up with zeros before it
-                kept = [*range(end - start), *([width] if self.homogeneous else [])]
-                H_n = H_n[..., kept, :][..., kept]
-            columns = slice(start, start + H_n.shape[-1])
-            torch.matmul(V[..., columns], H_n, out=P[..., columns])
+        P, n, width = torch.empty_like(V), self.blocks.count - 1, self.blocks.size * self.offsets
+        last = self._last_block(H)
+        for V_g, H_g, last_g, P_g in zip(_each(V, 2), _each(H, 3), _each(last, 2), _each(P, 2), strict=True):
+            of_blocks, result = (x[:, : n * width].unflatten(1, (n, width)).movedim(1, 0) for x in (V_g, P_g))
+            torch.bmm(of_blocks, H_g[:n, :width, :width], out=result)
+            torch.mm(V_g[:, n * width :], last_g, out=P_g[:, n * width :])
         return P
+
+    def _last_block(self, H: Tensor) -> Tensor:
+        """The last of the blocks (*g, b, C, C) without what it is filled up with."""
+        assert self.blocks is not None
+        last, lacking = H[..., -1, :, :], self.blocks.count * self.blocks.size - self.blocks.total
+        for dim in (-2, -1) if lacking else ():
+            there = (self.blocks.size - lacking) * self.offsets
+            kept = [last.narrow(dim, 0, there)]
+            kept += [last.narrow(dim, -1, 1)] if self.homogeneous else []
+            last = torch.cat(kept, dim)
+        return last
 
     def _in_last(self, x: Tensor) -> Tensor:
         """``x`` (*g), but 0 in the blocks that the homogeneous coordinate does not belong to."""
@@ -118,6 +125,10 @@ class Inputs(ABC):
     @abstractmethod
     def locations(self, a: Tensor) -> tuple[int, ...]:
         """The shape of T for an input of this size; () where |T| = 1 by nature."""
+
+    @abstractmethod
+    def mean(self, a: Tensor) -> Tensor:
+        """1/|T| Σ_t a_t, (*g, C), of one datum, so ``a`` without its first dimension."""
 
     @abstractmethod
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
@@ -137,6 +148,12 @@ class Inputs(ABC):
             return rows
         ones = self._in_last(rows.new_ones(self.groups))[..., None, None].expand(*rows.shape[:-1], 1)
         return torch.cat((rows, ones), dim=-1)
+
+    def _with_one(self, means: Tensor) -> Tensor:
+        """(*g, J|Δ|) with the homogeneous coordinate, 1."""
+        if not self.homogeneous:
+            return means
+        return torch.cat((means, self._in_last(means.new_ones(self.groups))[..., None]), dim=-1)
 
     def _with_sum(self, sums: Tensor, u: Tensor) -> Tensor:
         """(*g, J|Δ|) with the homogeneous coordinate, the sum of the weights."""
@@ -158,6 +175,10 @@ class LinearInputs(Inputs):
         """(*g, m|T|, J)."""
         a = a.flatten(0, -2)
         return a if self.blocks is None else self.blocks.split(a, -1).movedim(-2, 0)
+
+    def mean(self, a: Tensor) -> Tensor:
+        mean = a.flatten(0, -2).mean(0) if a.ndim > 1 else a
+        return self._with_one(mean if self.blocks is None else self.blocks.split(mean, -1))
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         products = (self._by_block(a) @ v[..., : self.channels, None])[..., 0]  # (*g, m|T|)
@@ -229,7 +250,7 @@ class ConvolutionInputs(Inputs):
             first, end = max(0, -(shift // step)), min(T, (size - 1 - shift) // step + 1)
             if first < end:
                 met = slice(first * step + shift, (end - 1) * step + shift + 1, step)
-                u[(*before_dim, slice(first, end), *after_dim)] += z_k[(*before_dim, met, *after_dim)]
+                u[(*before_dim, slice(first, end), *after_dim)].add_(z_k[(*before_dim, met, *after_dim)])
         return u
 
     def _by_group(self, a: Tensor) -> Tensor:
@@ -240,6 +261,13 @@ class ConvolutionInputs(Inputs):
             a = self.blocks.filled(a, -2).flatten(1, -2)
         images: Tensor = a.unflatten(1, (*self.groups, -1))
         return images
+
+    def mean(self, a: Tensor) -> Tensor:
+        a = a[None]
+        T, a = self.locations(a), self._padded(a)
+        images = self._by_group(a).reshape(-1, *a.shape[2:])
+        means = self._windows(images, T, self.stride).flatten(-len(T)).mean(-1)
+        return self._with_one(means.view(*self.groups, -1))
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:
         T = self.locations(a)
@@ -269,6 +297,11 @@ class ConvolutionInputs(Inputs):
         images = self._by_group(a).reshape(-1, *a.shape[2:])
         windows = self._windows(images, T, self.stride).reshape(len(a), *self.groups, -1, math.prod(T))
         return self._with_ones(windows.mT)
+
+
+def _each(x: Tensor, dims: int) -> Tensor:
+    """All dimensions but the last ``dims`` as one, the first."""
+    return x.reshape(-1, *x.shape[-dims:])
 
 
 def _padded_size(a: Tensor, pad: Sequence[int]) -> list[int]:

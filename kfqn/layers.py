@@ -9,9 +9,10 @@ shape starts with it: W (g, I, C) for the I outputs and J inputs of one group. F
 ``groups`` is (), so the shapes are the paper's; below they are written (*g, …).
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -51,7 +52,7 @@ class Layer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What statistics and factors are kept in: the weight's type, but at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return _at_least_float32(self.weight.dtype)
 
     @property
     def name(self) -> str:
@@ -99,7 +100,8 @@ class Layer(ABC):
 
         DW is not written out, which would be a copy of the gradient.
         """
-        for (p, old), (_, new) in zip(self.parts(average), self.parts(out), strict=True):
+        into = self.parts(out)
+        for (p, old), (_, new) in zip(into if out is average else self.parts(average), into, strict=True):
             assert p.grad is not None
             torch.lerp(old, p.grad.to(old.dtype), 1 - beta, out=new)
             if decay:
@@ -120,11 +122,12 @@ class Layer(ABC):
         for p, part in self.parts(W.contiguous()):
             p.copy_(part)
 
-    def parts(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, W: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each parameter with a view of its share of a matrix (*g, I, C)."""
-        yield self.weight, W[..., : self.fan_in].view(self.weight.shape)
-        if self.bias is not None:
-            yield self.bias, W[..., self.fan_in].view(self.bias.shape)
+        if self.bias is None:
+            return [(self.weight, W.view(self.weight.shape))]
+        weight, bias = W[..., : self.fan_in], W[..., self.fan_in]
+        return [(self.weight, weight.view(self.weight.shape)), (self.bias, bias.view(self.bias.shape))]
 
     @abstractmethod
     def preactivation(self, h: Tensor) -> Tensor:
@@ -133,6 +136,11 @@ class Layer(ABC):
     @abstractmethod
     def wrong_input(self, a: Tensor) -> str | None:
         """Why an input is not a batch of what the layer takes; None if it is."""
+
+
+@functools.cache
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 @final

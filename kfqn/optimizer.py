@@ -231,8 +231,12 @@ class KroneckerOptimizer(FactoredOptimizer):
         scales = self._scales(sound)
         for group in self._own_groups():
             group["k"] += bool(layers)
+        rates = self._rates()
         for layer, move in sound.items():
-            self._apply(layer, move, scales[layer])
+            self._apply(layer, move, rates[self._places[layer]], scales[layer])
+        self._note_moves(
+            {layer: rates[self._places[layer]] * scales[layer] * move.norm for layer, move in sound.items()}
+        )
         if self._others is not None:
             self._others.step()
 
@@ -241,13 +245,14 @@ class KroneckerOptimizer(FactoredOptimizer):
 
         ``gradient`` tells what the directions are taken of, one layer after the other.
         """
-        directions, own = {}, {}
-        for layer in layers:
-            directions[layer] = layer.empty()
-            if self._owns(layer):
+        directions, own, rates = {}, {}, self._rates()
+        with self._full_precision():
+            for layer in layers:
+                if not self._owns(layer):
+                    directions[layer] = layer.empty()
+                    continue
                 DW, state = gradient(layer), self.state[layer.weight]
-                with self._full_precision():
-                    P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
+                P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
                 norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
                 own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
         if not own and self._ranks.size == 1:
@@ -256,24 +261,17 @@ class KroneckerOptimizer(FactoredOptimizer):
         shared = self._ranks.means(own, sizes, self._layers[0].empty())
         numbers = iter(torch.cat([shared[layer] for layer in directions]).tolist())
         return {
-            layer: self._judged(layer, P, *itertools.islice(numbers, *sizes[layer]))
+            layer: _judged(layer, rates[self._places[layer]], P, *itertools.islice(numbers, *sizes[layer]))
             for layer, P in directions.items()
         }
-
-    def _judged(
-        self, layer: Layer, P: Tensor, slope: float, norm: float, norm_DW: float, *norms_W: float
-    ) -> Move:
-        """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
-        norm_W = math.hypot(*norms_W)
-        rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
-        limit = torch.finfo(layer.weight.dtype).max
-        reach = norm_W + self._rate(self._group(layer)) * norm
-        sound = math.isfinite(slope) and slope >= -rounding and reach < limit
-        return Move(P, slope, norm, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
 
     def _rate(self, group: Group) -> float:
         """α."""
         return float(group["lr"])
+
+    def _rates(self) -> dict[int, float]:
+        """α of every group of layers, by its place."""
+        return {place: self._rate(self.param_groups[place]) for place in {*self._places.values()}}
 
     def _shrinking(self, group: Group) -> float:
         """What decoupled weight decay is a multiple of."""
@@ -289,23 +287,28 @@ class KroneckerOptimizer(FactoredOptimizer):
             scales |= dict.fromkeys(slopes, math.sqrt(clip / change) if clipped else 1.0)
         return scales
 
-    def _apply(self, layer: Layer, move: Move, scale: float) -> None:
+    def _apply(self, layer: Layer, move: Move, rate: float, scale: float) -> None:
         """W ← W − α P."""
         group, P = self._group(layer), move.P
-        lr, momentum = self._rate(group), self._momentum(group)
-        if self._owns(layer):
-            state = self.state[layer.weight]
-            if momentum:
-                P = state["DW"].mul_(momentum).add_(P, alpha=scale)
-            for p in layer.parameters():
-                self.state[p]["step"] += 1
-            state["last"][0] = lr * scale * move.norm
-        else:
+        momentum = self._momentum(group)
+        if not self._owns(layer):
             P = layer.W()
+        elif momentum:
+            P = self.state[layer.weight]["DW"].mul_(momentum).add_(P, alpha=scale)
         P = P.contiguous()
         self._ranks.send(P, self._owners.get(layer))
         decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-        self._add(layer, P, -lr if momentum else -lr * scale, self._shrinking(group) * decay)
+        shrinking = self._shrinking(group) * decay if decay else 0.0
+        self._add(layer, P, -rate if momentum else -rate * scale, shrinking)
+
+    def _note_moves(self, norms: Mapping[Layer, float]) -> None:
+        """Count the step, and keep these ‖α P‖, in the states of the layers that moved."""
+        own = [layer for layer in norms if self._owns(layer)]
+        if own:
+            torch._foreach_add_([self.state[p]["step"] for layer in own for p in layer.parameters()], 1)
+            last = [self.state[layer.weight]["last"][0] for layer in own]
+            torch._foreach_zero_(last)
+            torch._foreach_add_(last, [norms[layer] for layer in own])
 
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """W ← (1 − shrinking) W + alpha P."""
@@ -336,6 +339,17 @@ class KroneckerOptimizer(FactoredOptimizer):
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."
         )
+
+
+def _judged(
+    layer: Layer, rate: float, P: Tensor, slope: float, norm: float, norm_DW: float, *norms_W: float
+) -> Move:
+    """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
+    norm_W = math.hypot(*norms_W)
+    rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
+    reach, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
+    sound = math.isfinite(slope) and slope >= -rounding and reach < limit
+    return Move(P, slope, norm, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
 
 
 def _are_finite(values: Sequence[Tensor], order: float) -> Tensor:

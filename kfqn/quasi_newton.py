@@ -125,7 +125,7 @@ def _in_own_units(s: list[Tensor], y: list[Tensor], states: list[State]) -> list
     """y/λ_G of every layer, after its λ_G has taken in the pair."""
     rows, kept = Rows.of(y), [state["lambda_G"][..., None] for state in states]
     of_layers = Rows.of(kept)
-    steps = [state["step"].expand_as(x) for state, x in zip(states, kept, strict=True)]
+    steps = [torch.full_like(x, float(state["step"])) for state, x in zip(states, kept, strict=True)]
     y_G = rows.join(y)
     lambda_G = damping_G(of_layers.join(kept), rows.join(s), y_G, of_layers.join(steps))
     torch._foreach_copy_(kept, of_layers.part(lambda_G))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Self, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,18 +27,17 @@ class Rows:
 
     def join(self, vectors: Sequence[Tensor]) -> Tensor:
         """The matrix of these vectors, a copy."""
-        longest = max(x.shape[-1] for x in vectors)
-        rows = [x.reshape(-1, x.shape[-1]) for x in vectors]
-        return torch.cat([F.pad(x, (0, zeros)) if (zeros := longest - x.shape[-1]) else x for x in rows])
+        rows = vectors[0].new_zeros(sum(self.counts), max(n for *_, n in self.shapes))
+        torch._foreach_copy_(self.part(rows), [*vectors])
+        return rows
 
     def part(self, rows: Tensor) -> list[Tensor]:
         """The vectors of this matrix, views of it."""
         return [
-            of_layer[:, : shape[-1]].view(shape)
+            of_layer[0, : shape[-1]] if len(shape) == 1 else of_layer[:, : shape[-1]].view(shape)
             for of_layer, shape in zip(self.by_layer(rows), self.shapes, strict=True)
         ]
 
     def by_layer(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each layer."""
-        parts: Sequence[Tensor] = rows.split(self.counts)
-        return parts
+        return torch.split_with_sizes(rows, self.counts)

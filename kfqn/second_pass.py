@@ -1,7 +1,8 @@
 """A forward-backward pass that leaves no trace in the model, for line 10 of Algorithm 2."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,19 +59,32 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Put every buffer of the model back afterwards: the same tensor with the same content."""
     # Version counters do not tell which buffers moved: BatchNorm's kernels do not count.
     before = [
-        (module, name, buffer, None if _is_expanded(buffer) else buffer.clone())
+        (module, name, buffer)
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    written = [buffer for *_, buffer in before if not _is_expanded(buffer)]
+    contents = [torch.empty_like(buffer) for buffer in written]
+    _copy(written, contents)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, content in before:
-                if content is not None:
-                    buffer.copy_(content)
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
+        _copy(contents, written)
+        for module, name, buffer in before:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+
+
+@torch.no_grad()
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy each source into its target; those of one kind together."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        of_kind = kinds.setdefault((target.device, target.dtype), ([], []))
+        of_kind[0].append(source)
+        of_kind[1].append(target)
+    for of_one_kind in kinds.values():
+        torch._foreach_copy_(of_one_kind[1], of_one_kind[0])
 
 
 def _is_expanded(buffer: Tensor) -> bool:

@@ -108,7 +108,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return super()._is_due(k, group) or (bool(self._automatic) and self._search.due)
 
     def _rate(self, group: Group) -> float:
-        return self._factor(group) * self._search.rate if group["automatic"] else super()._rate(group)
+        if not group["automatic"]:
+            return super()._rate(group)
+        search = self._search
+        return float(group["lr"]) * search.left * search.rate
 
     def _factor(self, group: Group) -> float:
         """What a scheduler and the losses so far leave of the steps that are found."""
@@ -169,7 +172,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             self._pending.before.update({p: p.clone() for p in moving})
         for layer in {*self._layers} - {*layers}:
             if layer.weight in self.state:
-                self.state[layer.weight]["last"][0] = 0.0
+                self.state[layer.weight]["last"][0].zero_()
         super()._update(layers, seen, closure)
         self._search = stepped(self._search, judged)
         self._pending.slopes.extend(self._slopes() if judged else [])
@@ -184,7 +187,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _slopes(self) -> list[Tensor]:
         """⟨∇f, ΔW⟩ of the automatic layers, the same with L2, and of everything that moved."""
         zero = self._layers[0].empty().new_zeros(())
-        slope, decayed, everything = zero, zero, zero
+        of_loss, of_decay, of_rest = [zero], [zero], [zero]
         for group in self.param_groups:
             automatic = group.get("automatic", False)
             decay = self._decay(group) if automatic else 0.0
@@ -193,12 +196,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                     continue
                 DW = p.grad.to_dense() if p.grad.is_sparse else p.grad
                 W, now, DW = (x.flatten().to(zero) for x in (self._pending.before[p], p, DW))
-                of_loss = torch.linalg.vecdot(DW, now - W)
-                everything = everything + of_loss
-                if automatic:
-                    slope = slope + of_loss
-                    decayed = decayed + decay * torch.linalg.vecdot(W, now - W)
-        return [slope, slope + decayed, everything]
+                moved = now - W
+                (of_loss if automatic else of_rest).append(torch.linalg.vecdot(DW, moved))
+                if decay:
+                    of_decay.append(decay * torch.linalg.vecdot(W, moved))
+        slope, decayed, rest = (torch.stack(terms).sum() for terms in (of_loss, of_decay, of_rest))
+        return [slope, slope + decayed, slope + rest]
 
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         scales = super()._scales(moves)
@@ -213,9 +216,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         search, reach = self._search, self._search.rate * mean
         even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
         left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
+        factors = {
+            place: self._factor(self.param_groups[place]) for place in {*map(self._places.__getitem__, own)}
+        }
         D = sum(even[layer] * move.slope for layer, move in own.items())
         scheduled = sum(
-            even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
+            even[layer] * move.slope * factors[self._places[layer]] for layer, move in own.items()
         )
         left *= left_by_noise(search, search.rate * left * scheduled, len(own))
         pending, rate = self._pending, search.rate * left

@@ -54,7 +54,7 @@ class Early(NamedTuple):
 
     def like(self, layer: Layer) -> "Early":
         """The same where the layer is now, and of its type."""
-        return Early(*(x.to(layer.empty()) for x in self))
+        return Early(*(x.to(layer.weight.device, layer.dtype) for x in self))
 
 
 @dataclass
@@ -112,7 +112,10 @@ class TwoPassOptimizer(KroneckerOptimizer):
         self._count_rows(states, rows, {"G taken": used, "G damped": damped, "G skipped": ~used})
         ratio = ratio.nan_to_num(0.0)  # 0/0 where nothing changes
         kept = [state["last"][1] for state in states]
-        torch._foreach_copy_(kept, [of_layer.min() for of_layer in rows.by_layer(ratio)])
+        least = [
+            of_layer[0, 0] if len(of_layer) == 1 else of_layer.min() for of_layer in rows.by_layer(ratio)
+        ]
+        torch._foreach_copy_(kept, least)
 
     @abstractmethod
     def _start_G(self, state: State) -> None:
@@ -344,22 +347,21 @@ class TwoPassOptimizer(KroneckerOptimizer):
         own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
         rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
         means = self._ranks.means(own, rows, self._layers[0].empty())
-        changes = {
-            layer: (
-                means[layer, "h"] - first.h,
-                (means[layer, "Dh"] - first.Dh) * (first.factor / loss_scale),
-            )
-            for layer, first in firsts.items()
-            if (layer, "h") in means
-        }
         for layers in self._alike([layer for layer in firsts if self.state.get(layer.weight)]):
             group, states = self._group(layers[0]), [self.state[layer.weight] for layer in layers]
             known = [firsts[layer] for layer in layers]
             self._learn_A([first.s for first in known], [first.As for first in known], states, group)
-            moved = [layer for layer in layers if layer in changes]
+            moved = [layer for layer in layers if (layer, "h") in means]
             if moved:
-                states = [self.state[layer.weight] for layer in moved]
-                dh, dDh = ([changes[layer][i] for layer in moved] for i in (0, 1))
+                states, known = (
+                    [self.state[layer.weight] for layer in moved],
+                    [firsts[layer] for layer in moved],
+                )
+                dh = torch._foreach_sub([means[layer, "h"] for layer in moved], [first.h for first in known])
+                dDh = torch._foreach_sub(
+                    [means[layer, "Dh"] for layer in moved], [first.Dh for first in known]
+                )
+                torch._foreach_mul_(dDh, [first.factor / loss_scale for first in known])
                 self._learn_G(*averaged_pairs(dh, dDh, states, group), states, group)
 
     def _alike(self, layers: Sequence[Layer]) -> list[list[Layer]]:
