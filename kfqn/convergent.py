@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from kfqn.curvature import damped_inverse, second_moment
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
+from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import dot, double_damping, lbfgs_matmul
 from kfqn.settings import checked_settings
-from kfqn.two_pass import TwoPassOptimizer, pushed
+from kfqn.two_pass import TwoPassOptimizer
 
 
 @final

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfqn.capture import Look, Seen, Watch
+from kfqn.capture import Look, Watch
 from kfqn.curvature import damped_inverse
 from kfqn.groups import NOTES, Group, LayeredOptimizer, Others, State
 from kfqn.layers import Layer
 from kfqn.ranks import Ranks
 from kfqn.rows import Rows
+from kfqn.seen import Seen
 
 Moments = dict[str, Tensor]  # what a layer starts from, each a mean over data
 LayersSeen = dict[Layer, Seen]

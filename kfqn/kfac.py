@@ -9,13 +9,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kfqn.capture import Look, Seen
+from kfqn.capture import Look
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
 from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
 from kfqn.second_pass import Rewind, random_state, second_pass
+from kfqn.seen import Seen
 from kfqn.settings import checked_settings
 
 
@@ -172,7 +173,12 @@ class KFAC(KroneckerOptimizer):
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
         if group["momentum"]:
             return layer.DW(self._decay(group))
-        return layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])  # line 6
+        DW = torch.empty_like(state["DW"])
+        return layer.average_DW(state["DW"], group["beta"], self._decay(group), out=DW)  # line 6
+
+    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
+        if not group["momentum"]:
+            layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7

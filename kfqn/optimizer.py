@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,10 @@ from torch import Tensor
 from kfqn.factors import FactoredOptimizer, LayersSeen
 from kfqn.groups import Group, State
 from kfqn.layers import Layer
+from kfqn.moves import Move, are_finite, judged
 from kfqn.second_pass import Rewind, random_state
 
-
-class Move(NamedTuple):
-    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, and whether they can be those of a positive H.
-
-    ``size`` is ‖W‖, or a tenth of the norm of a usual initialisation where that is more.
-    """
-
-    P: Tensor
-    slope: float
-    norm: float
-    size: float
-    sound: bool
+Average = Callable[[Layer, State, Group], Tensor]
 
 
 def _nothing() -> None:
@@ -58,7 +48,8 @@ class Memory:
 class KroneckerOptimizer(FactoredOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
-    A step waits for the device twice, to see that first the gradients and then the directions are sound.
+    A step waits for the device once, to see that loss, gradients and directions are sound, when all of them
+    have been asked for.
     """
 
     def _begin(self) -> None:
@@ -77,11 +68,13 @@ class KroneckerOptimizer(FactoredOptimizer):
 
     @abstractmethod
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        """D̂W, (*g, I, C), from the mini-batch gradient of the layer and `_decay` × W."""
+        """What the direction is taken of: D̂W, (*g, I, C), with this mini-batch's gradient and `_decay` × W.
 
-    def _ahead(self, DW: Tensor, layer: Layer, group: Group) -> Tensor:
-        """What the direction is taken of, given D̂W and with the mini-batch gradient at hand."""
-        return DW
+        The state is not changed: nobody knows yet whether the step is taken.
+        """
+
+    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
+        """Average the same into the D̂W of the state, if it has one, before W moves."""
 
     @abstractmethod
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
@@ -166,10 +159,15 @@ class KroneckerOptimizer(FactoredOptimizer):
                 "loss.backward() inside it, on a loss that depends on the model."
             )
         self._memory.stepped = bool(layers)
-        if not self._finite(loss, layers):
+        missing, signs = self._missing(layers), self._signs(loss, layers)
+        moves, told = self._moves([] if missing else layers, signs=signs)
+        if not self._goes_on(*told, loss=loss, layers=layers):
             return None
-        self._start_from(self._missing(layers), seen, closure)
-        self._update(layers, seen, closure)
+        if missing:
+            self._start_from(missing, seen, closure)
+            moves, _ = self._moves(layers)
+        self._note_loss(*told[1:])
+        self._update(layers, moves, seen, closure)
         return {layer: seen[layer] for layer in layers if layer in seen}
 
     def _with_gradients(self, seen: LayersSeen) -> list[Layer]:
@@ -191,15 +189,30 @@ class KroneckerOptimizer(FactoredOptimizer):
         """What times W is added to gradients: L2 regularisation."""
         return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
 
-    def _finite(self, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
-        """Whether the step can be taken; if not, that is counted, or FloatingPointError raised."""
+    def _values(self, loss: Tensor | None, layers: Iterable[Layer]) -> list[Tensor]:
+        """All that has to be finite."""
         others = self._others.param_groups if self._others is not None else []
         gradients_of_others = (p.grad for group in others for p in group["params"])
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients_of_others if g is not None]
         values = [g for g in values if g.numel()]
         values += (g for layer in layers for g in layer.gradients())
-        values += [] if loss is None else [loss.detach()]
-        if not values or any(self._ranks.all(_are_finite(values, order)) for order in (2.0, math.inf)):
+        return values + ([] if loss is None else [loss.detach()])
+
+    def _signs(self, loss: Tensor | None, layers: Iterable[Layer]) -> Tensor:
+        """1 if all is finite, as far as a norm tells, and the loss, if a closure told."""
+        like = self._layers[0].empty()
+        signs = [are_finite([like.new_zeros(1), *self._values(loss, layers)], 2.0)]
+        signs += [] if loss is None else [loss.detach().reshape(())]
+        return torch.stack([sign.to(like) for sign in signs])
+
+    def _goes_on(self, finite: float, *known: float, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
+        """Whether the step can be taken, given means over the processes of `_signs`.
+
+        If not, that is counted, or FloatingPointError raised.
+        """
+        if known and self._takes_back(*known):
+            return False
+        if finite == 1 or self._ranks.all(are_finite(self._values(loss, layers), math.inf)):
             return True
         message = "the loss or a gradient is not finite, so the step was refused and nothing was changed"
         if self._error_if_nonfinite:
@@ -209,28 +222,29 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
         return False
 
-    def _update(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
+    def _takes_back(self, loss: float) -> bool:
+        """Whether the loss of the batch has shown the last step to be wrong; then it has been taken back."""
+        return False
+
+    def _note_loss(self, *loss: float) -> None:
+        """Take in the loss of a batch whose step is taken, if a closure told."""
+
+    def _update(
+        self, layers: Sequence[Layer], moves: dict[Layer, Move], seen: LayersSeen, closure: Any
+    ) -> None:
         """Move every parameter; a layer whose factors turn out to be broken starts anew first, if it can."""
-        averages = {
-            layer: self._average(layer, self.state[layer.weight], self._group(layer))
-            for layer in layers
-            if self._owns(layer)
-        }
-
-        def ahead(layer: Layer) -> Tensor:
-            return self._ahead(averages[layer], layer, self._group(layer))
-
-        moves = self._moves(layers, ahead)
         waiting = self._memory.broken if self._ranks.size == 1 else set()
         broken = [layer for layer, move in moves.items() if not move.sound or layer in waiting]
         self._memory.broken.clear()
         if broken:
             self._reset(broken, seen, closure)
-            moves |= self._moves(broken, ahead)
+            moves |= self._moves(broken)[0]
         sound = {layer: move for layer, move in moves.items() if move.sound}  # the rest is left where it is
         scales = self._scales(sound)
         for group in self._own_groups():
             group["k"] += bool(layers)
+        for layer in filter(self._owns, layers):
+            self._keep_average(layer, self.state[layer.weight], self._group(layer))
         rates = self._rates()
         for layer, move in sound.items():
             self._apply(layer, move, rates[self._places[layer]], scales[layer])
@@ -240,30 +254,40 @@ class KroneckerOptimizer(FactoredOptimizer):
         if self._others is not None:
             self._others.step()
 
-    def _moves(self, layers: Iterable[Layer], gradient: Callable[[Layer], Tensor]) -> dict[Layer, Move]:
+    def _moves(
+        self, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None
+    ) -> tuple[dict[Layer, Move], list[float]]:
         """The steps of these layers before they are taken; P is empty where the factors are elsewhere.
 
-        ``gradient`` tells what the directions are taken of, one layer after the other.
+        ``average`` tells what the directions are taken of, one layer after the other, if not of `_average`.
+        With ``signs`` also their means over the processes, read with the rest.
         """
-        directions, own, rates = {}, {}, self._rates()
+        average, rates = average or self._average, self._rates()
+        directions: dict[Layer, Tensor] = {}
+        own: dict[Layer | None, Tensor] = {} if signs is None else {None: signs}
         with self._full_precision():
             for layer in layers:
                 if not self._owns(layer):
                     directions[layer] = layer.empty()
                     continue
-                DW, state = gradient(layer), self.state[layer.weight]
-                P = directions[layer] = self._direction(DW, layer, state, self._group(layer))
+                state, group = self.state[layer.weight], self._group(layer)
+                DW = average(layer, state, group)
+                P = directions[layer] = self._direction(DW, layer, state, group)
                 norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
                 own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
         if not own and self._ranks.size == 1:
-            return {}
-        sizes = {layer: (3 + len(layer.parameters()),) for layer in directions}
-        shared = self._ranks.means(own, sizes, self._layers[0].empty())
-        numbers = iter(torch.cat([shared[layer] for layer in directions]).tolist())
-        return {
-            layer: _judged(layer, rates[self._places[layer]], P, *itertools.islice(numbers, *sizes[layer]))
+            return {}, []
+        sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
+        sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
+        shapes = {key: (size,) for key, size in sizes.items()}
+        shared = self._ranks.means(own, shapes, self._layers[0].empty())
+        numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
+        read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
+        moves = {
+            layer: judged(layer, rates[self._places[layer]], P, *read[layer])
             for layer, P in directions.items()
         }
+        return moves, read.get(None, [])
 
     def _rate(self, group: Group) -> float:
         """α."""
@@ -339,20 +363,3 @@ class KroneckerOptimizer(FactoredOptimizer):
             f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
             "once, and diagnostics() counts how often it happens."
         )
-
-
-def _judged(
-    layer: Layer, rate: float, P: Tensor, slope: float, norm: float, norm_DW: float, *norms_W: float
-) -> Move:
-    """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
-    norm_W = math.hypot(*norms_W)
-    rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
-    reach, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
-    sound = math.isfinite(slope) and slope >= -rounding and reach < limit
-    return Move(P, slope, norm, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
-
-
-def _are_finite(values: Sequence[Tensor], order: float) -> Tensor:
-    """Whether all entries are. The norm of order 2 is by far the fastest, but may overflow."""
-    norms = [norm.to(values[0].device) for norm in torch._foreach_norm([*values], order)]
-    return torch.stack(norms).isfinite().all()

@@ -14,11 +14,11 @@ from kfqn.factors import Moments
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
+from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, matvec
 from kfqn.self_tuning import SelfTuningOptimizer
 from kfqn.settings import checked_settings, resolved
-from kfqn.two_pass import pushed
 
 
 class KFQN(SelfTuningOptimizer):
@@ -70,15 +70,14 @@ class KFQN(SelfTuningOptimizer):
             state["lambda_A"].copy_(damping_A(moments["A"]))
         return state
 
-    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        DW = state["DW"]
-        return layer.average_DW(DW, group["beta"], self._decay(group), out=DW)  # line 7; docs/decisions.md, 1
+    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:  # line 7; docs/decisions.md, 1
+        DW, beta = state["DW"], group["beta"]
+        if group["automatic"]:
+            beta = beta**2  # averaged in twice, Nesterov's momentum: docs/decisions.md, 34
+        return layer.average_DW(DW, beta, self._decay(group), out=torch.empty_like(DW))
 
-    def _ahead(self, DW: Tensor, layer: Layer, group: Group) -> Tensor:
-        if not group["automatic"]:
-            return DW
-        # Nesterov's momentum: docs/decisions.md, 34
-        return layer.average_DW(DW, group["beta"], self._decay(group), out=torch.empty_like(DW))
+    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
+        layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kfqn.factors import LayersSeen
 from kfqn.groups import Group
 from kfqn.layers import Layer
-from kfqn.optimizer import Move
+from kfqn.moves import Move
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
@@ -125,22 +125,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         self._pending.clear()
-        if loss is None or not self._automatic:
-            return super()._move(loss, closure)
-        self._meet()  # before anything is averaged: every process has to know the same
-        (value,), known = self._mean([loss]), self._search
-        if far_above(known, value):
-            self._watch.take()
-            self._undo()
-            self._search = undone(known)
-            return None
-        self._search, moved = with_loss(known, value), None
-        try:
-            moved = super()._move(loss, closure)
-        finally:
-            if moved is None:  # the step was refused: nothing is to change
-                self._search = known
-        return moved
+        return super()._move(loss, closure)
+
+    def _takes_back(self, loss: float) -> bool:
+        if not self._automatic or not far_above(self._search, loss):
+            return False
+        self._undo()
+        self._search = undone(self._search)
+        return True
+
+    def _note_loss(self, *loss: float) -> None:
+        if self._automatic and loss:
+            self._search = with_loss(self._search, *loss)
 
     def _undo(self) -> None:
         """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
@@ -151,8 +147,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._memory.stepped = False
         missing = {*self._missing(self._layers)}
         layers = [layer for layer in self._layers if layer not in missing]
-        averages = {layer: self.state[layer.weight]["DW"] for layer in layers if self._owns(layer)}
-        for layer, move in self._moves(layers, averages.__getitem__).items():
+        moves, _ = self._moves(layers, lambda layer, state, group: state["DW"])
+        for layer, move in moves.items():
             P = layer.W()
             if self._owns(layer):
                 gone = self.state[layer.weight]["last"][0]
@@ -161,9 +157,11 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             self._ranks.send(P, self._owners.get(layer))
             layer.add_(P, alpha=1.0)
 
-    def _update(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
+    def _update(
+        self, layers: Sequence[Layer], moves: dict[Layer, Move], seen: LayersSeen, closure: Any
+    ) -> None:
         if not self._automatic:
-            super()._update(layers, seen, closure)
+            super()._update(layers, moves, seen, closure)
             return
         judged = any(self._is_due(group["k"], group) for group in self._own_groups())
         self._pending.judged = judged
@@ -173,7 +171,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         for layer in {*self._layers} - {*layers}:
             if layer.weight in self.state:
                 self.state[layer.weight]["last"][0].zero_()
-        super()._update(layers, seen, closure)
+        super()._update(layers, moves, seen, closure)
         self._search = stepped(self._search, judged)
         self._pending.slopes.extend(self._slopes() if judged else [])
 

@@ -6,12 +6,12 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfqn.capture import EarlyReduction, Look, Seen
+from kfqn.capture import EarlyReduction, Look
 from kfqn.closures import Closure
 from kfqn.curvature import (
     mean_activation,
@@ -24,37 +24,12 @@ from kfqn.groups import Group, State
 from kfqn.inputs import Inputs
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
+from kfqn.pairs import Early, First, averaged_pairs
 from kfqn.rows import Rows
-from kfqn.secant import lbfgs_push_
 from kfqn.second_pass import second_pass, unmoved_buffers
+from kfqn.seen import Seen
 
 _PATIENCE = 10  # steps until the gap between those that are learnt from may grow by one
-
-
-class First(NamedTuple):
-    """What is kept of a layer's first pass until the second: h̄ and Dh̄ (*g, I), s (*g, C), and A s.
-
-    h̄ and Dh̄ are of those micro-batches that the second pass runs again; ``factor`` is the data of all
-    over the data of these.
-    """
-
-    h: Tensor
-    Dh: Tensor
-    s: Tensor
-    As: Tensor
-    factor: float
-
-
-class Early(NamedTuple):
-    """What an input was reduced to when its gradient arrived: ā and s (*g, C), and A s."""
-
-    a: Tensor
-    s: Tensor
-    As: Tensor
-
-    def like(self, layer: Layer) -> "Early":
-        """The same where the layer is now, and of its type."""
-        return Early(*(x.to(layer.weight.device, layer.dtype) for x in self))
 
 
 @dataclass
@@ -376,27 +351,3 @@ def _is_learnt_from(k: int, group: Group) -> bool:
     """Whether step k, counted from 0, is one of those with a second pass; at first every one is."""
     gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
     return k % gap == 0
-
-
-def pushed(states: Sequence[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
-    """Append the rows of pairs to the histories S and Y of every layer; say of each, (rows, 1), if it was."""
-    pairs = zip(states, rows.part(s), rows.part(y), strict=True)
-    used = [lbfgs_push_(state["S"], state["Y"], *pair) for state, *pair in pairs]
-    return torch.cat([of_layer.view(-1, 1) for of_layer in used])
-
-
-def averaged_pairs(
-    dh: Sequence[Tensor], dDh: Sequence[Tensor], states: Sequence[State], group: Group
-) -> tuple[list[Tensor], list[Tensor]]:
-    """s_G and y_G with this step's changes of h̄ and Dh̄ averaged in; without, and zeros, if not finite."""
-    rows = Rows.of(dh)
-    changes = {"s_G": rows.join(dh), "y_G": rows.join(dDh)}
-    finite = torch.stack([*changes.values()]).isfinite().all(0).all(-1, keepdim=True)
-    pair = []
-    for key, change in changes.items():
-        kept = [state[key] for state in states]
-        before = rows.join(kept)
-        average = before.lerp(torch.where(finite, change, before), 1 - group["beta"])
-        torch._foreach_copy_(kept, rows.part(average))
-        pair.append(rows.part(torch.where(finite, average, 0.0)))
-    return pair[0], pair[1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.capture import Look, Seen, Watch
+from kfqn.capture import Look, Watch
 from kfqn.closures import Closure
 from kfqn.curvature import (
     mean_activation,
@@ -28,9 +28,11 @@ from kfqn.curvature import (
 from kfqn.kfac import invert
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
+from kfqn.pairs import averaged_pairs
 from kfqn.race.entrants import ENTRANTS
 from kfqn.rules import layers_of
-from kfqn.two_pass import TwoPassOptimizer, averaged_pairs
+from kfqn.seen import Seen
+from kfqn.two_pass import TwoPassOptimizer
 
 COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each
     "DW": ("DW", "momentum_buffer", "exp_avg"),
@@ -228,8 +230,9 @@ def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
     state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
-    DW = optimizer._ahead(optimizer._average(layer, state, group), layer, group)
-    layer.add_(optimizer._moves([layer], lambda _: DW)[layer].P, alpha=0.0)
+    moves, _ = optimizer._moves([layer])
+    optimizer._keep_average(layer, state, group)
+    layer.add_(moves[layer].P, alpha=0.0)
 
 
 def _step_alone(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
