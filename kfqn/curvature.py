@@ -67,7 +67,7 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
 def mean_preactivation(h: Tensor) -> Tensor:
     """h̄ = E_n[1/|T| Σ_t h_t(n)], (*g, I), the mean that eq. (10) subtracts; ``h`` is (m, *g, I, |T|)."""
-    return _mean_over_locations(_sum_over_data(h, 1 / len(h)))
+    return _mean(h, 1 / len(h))
 
 
 def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def mean_preactivation_gradient(gradient: Tensor) -> Tensor:
     ``gradient`` (m, *g, I, |T|) is autograd's, of a loss that is a mean over the batch; Dh
     belongs to one datum's loss, hence a factor m (`docs/decisions.md`, 3).
     """
-    return _mean_over_locations(_sum_over_data(gradient, 1.0))
+    return _mean(gradient, 1.0)
 
 
 def second_moment_of_gradient(gradient: Tensor) -> Tensor:
@@ -95,5 +95,9 @@ def _sum_over_data(x: Tensor, weight: float) -> Tensor:
     return (x.new_full((len(x),), weight) @ x.flatten(1)).view(x.shape[1:])
 
 
-def _mean_over_locations(x: Tensor) -> Tensor:
-    return x.mean(-1) if x.shape[-1] > 1 else x[..., 0]
+def _mean(x: Tensor, weight: float) -> Tensor:
+    """``weight`` times the sum over the data of the mean over locations, for ``x`` (m, …, |T|)."""
+    if x.device.type != "cpu":  # where calls cost more than reading
+        return x.sum((0, -1)) * (weight / x.shape[-1])
+    total = _sum_over_data(x, weight)
+    return total.mean(-1) if total.shape[-1] > 1 else total[..., 0]

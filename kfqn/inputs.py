@@ -120,7 +120,7 @@ class Inputs(ABC):
         """``x`` (*g), but 0 in the blocks that the homogeneous coordinate does not belong to."""
         if self.blocks is None:
             return x
-        return torch.cat((torch.zeros_like(x[..., :-1]), x[..., -1:]), dim=-1)
+        return F.pad(x[..., -1:], (self.blocks.count - 1, 0))
 
     @abstractmethod
     def locations(self, a: Tensor) -> tuple[int, ...]:
@@ -153,7 +153,10 @@ class Inputs(ABC):
         """(*g, J|Δ|) with the homogeneous coordinate, 1."""
         if not self.homogeneous:
             return means
-        return torch.cat((means, self._in_last(means.new_ones(self.groups))[..., None]), dim=-1)
+        extended = F.pad(means, (0, 1), value=1.0 if self.blocks is None else 0.0)
+        if self.blocks is not None:
+            extended[..., -1, -1].fill_(1.0)
+        return extended
 
     def _with_sum(self, sums: Tensor, u: Tensor) -> Tensor:
         """(*g, J|Δ|) with the homogeneous coordinate, the sum of the weights."""
