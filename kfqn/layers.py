@@ -126,8 +126,8 @@ class Layer(ABC):
         """Each parameter with a view of its share of a matrix (*g, I, C)."""
         if self.bias is None:
             return [(self.weight, W.view(self.weight.shape))]
-        weight, bias = W[..., : self.fan_in], W[..., self.fan_in]
-        return [(self.weight, weight.view(self.weight.shape)), (self.bias, bias.view(self.bias.shape))]
+        weight, bias = W[..., : self.fan_in].view(self.weight.shape), W[..., self.fan_in]
+        return [(self.weight, weight), (self.bias, bias.view(self.bias.shape) if self.groups else bias)]
 
     @abstractmethod
     def preactivation(self, h: Tensor) -> Tensor:

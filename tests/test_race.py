@@ -16,6 +16,7 @@ from torch import nn
 
 from kfqn.race import entrants, grids, workers
 from kfqn.race.failure import Failure
+from kfqn.race.figure import _looks
 from kfqn.race.report import losses_of
 from kfqn.race.runs import Run
 from kfqn.race.summary import Standing, common_target, rows
@@ -322,6 +323,17 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
     assert (second.epochs_to_target, second.seconds_to_target) == ("3", "7.00")
     assert first.test_error == "1.00 ± 0.00"
     assert first.seconds == "6.5"
+
+
+@pytest.mark.parametrize("settings", [1, 3, 5])
+def test_no_two_lines_of_a_figure_look_alike(settings, tmp_path):
+    standings = [
+        Standing([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
+        for entrant in ("kfbfgs:auto", "sgd", "adam", "adamw", "muon", "soap", "torch.optim.RMSprop")
+        for lr in range(settings)
+    ]
+    looks = [*zip(*_looks(standings), strict=True)]
+    assert len({*looks}) == len(looks)
 
 
 def test_a_lost_seed_counts_against_its_optimizer(tmp_path):

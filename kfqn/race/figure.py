@@ -24,9 +24,13 @@ COLORS = [
     "#555555",
     "#F0E442",
     "#882255",
+    "#332288",
+    "#AA4499",
+    "#117733",
+    "#999933",
     "#44AA99",
 ]
-DASHES = ["-", "--"]
+DASHES = ["-", "--", ":", "-."]
 SIZE = (10.0, 7.0)  # inches of one block
 
 
@@ -77,13 +81,16 @@ def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None
 
 
 def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
-    """A colour and a line style for every standing: the same optimizer looks the same in every race."""
+    """A colour and a line style for every standing: the same optimizer looks the same in every race.
+
+    Where there are too many optimizers or settings for that, all that is left is that no two look alike.
+    """
     names = [standing.config.entrant for standing in standings]
-    if any(names.count(name) > 2 for name in names):  # many settings of one: colours tell them apart
-        return [COLORS[n % len(COLORS)] for n in range(len(names))], ["-"] * len(names)
     order = [*ENTRANTS, *dict.fromkeys(name for name in names if name not in ENTRANTS)]
-    colors = [COLORS[order.index(name) % len(COLORS)] for name in names]
-    return colors, [DASHES[names[:n].count(name)] for n, name in enumerate(names)]
+    places = [(order.index(name), names[:n].count(name)) for n, name in enumerate(names)]
+    if any(color >= len(COLORS) or dash >= len(DASHES) for color, dash in places):
+        places = [(n % len(COLORS), n // len(COLORS) % len(DASHES)) for n in range(len(names))]
+    return [COLORS[color] for color, _ in places], [DASHES[dash] for _, dash in places]
 
 
 def _line(panel: Axes, standing: Standing, axis: str, quantity: str, color: str, style: str) -> None:
