@@ -86,6 +86,9 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
         return layer.DW(self._decay(group))  # without momentum
 
+    def _beta(self, group: Group) -> float | None:
+        return None
+
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:  # line 6
         return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
 

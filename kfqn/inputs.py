@@ -269,7 +269,7 @@ class ConvolutionInputs(Inputs):
         a = a[None]
         T, a = self.locations(a), self._padded(a)
         images = self._by_group(a).reshape(-1, *a.shape[2:])
-        means = self._windows(images, T, self.stride).flatten(-len(T)).mean(-1)
+        means = self._windows(images, T, self.stride).mean([*range(-len(T), 0)])
         return self._with_one(means.view(*self.groups, -1))
 
     def inner(self, a: Tensor, v: Tensor) -> Tensor:

@@ -173,12 +173,10 @@ class KFAC(KroneckerOptimizer):
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
         if group["momentum"]:
             return layer.DW(self._decay(group))
-        DW = torch.empty_like(state["DW"])
-        return layer.average_DW(state["DW"], group["beta"], self._decay(group), out=DW)  # line 6
+        return layer.average_DW(state["DW"], group["beta"], self._decay(group))  # line 6
 
-    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
-        if not group["momentum"]:
-            layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])
+    def _beta(self, group: Group) -> float | None:
+        return None if group["momentum"] else super()._beta(group)
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7

@@ -12,7 +12,7 @@ shape starts with it: W (g, I, C) for the I outputs and J inputs of one group. F
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -95,13 +95,13 @@ class Layer(ABC):
             part.add_(p, alpha=decay)
         return DW
 
-    def average_DW(self, average: Tensor, beta: float, decay: float, out: Tensor) -> Tensor:
-        """β D̂W + (1 − β) DW, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added, into ``out``.
+    def average_DW(self, average: Tensor, beta: float, decay: float) -> Tensor:
+        """β D̂W + (1 − β) DW, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added.
 
         DW is not written out, which would be a copy of the gradient.
         """
-        into = self.parts(out)
-        for (p, old), (_, new) in zip(into if out is average else self.parts(average), into, strict=True):
+        out = torch.empty_like(average)
+        for (p, old), (_, new) in zip(self.parts(average), self.parts(out), strict=True):
             assert p.grad is not None
             torch.lerp(old, p.grad.to(old.dtype), 1 - beta, out=new)
             if decay:
@@ -136,6 +136,21 @@ class Layer(ABC):
     @abstractmethod
     def wrong_input(self, a: Tensor) -> str | None:
         """Why an input is not a batch of what the layer takes; None if it is."""
+
+
+def average_DW_(averages: Mapping[Layer, Tensor], beta: float, decay: float) -> None:
+    """`Layer.average_DW` of several layers, in place.
+
+    In one call, but for weights in half precision, whose gradients have to be copied.
+    """
+    alike = [layer for layer in averages if layer.weight.dtype == layer.dtype]
+    for layers in filter(None, [alike, *([layer] for layer in averages if layer not in alike)]):
+        pairs = [pair for layer in layers for pair in layer.parts(averages[layer])]
+        kept = [average for _, average in pairs]
+        gradients = [p.grad.to(average.dtype) for p, average in pairs if p.grad is not None]
+        torch._foreach_lerp_(kept, gradients, 1 - beta)
+        if decay:
+            torch._foreach_add_(kept, [p for p, _ in pairs], alpha=(1 - beta) * decay)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kfqn.factors import FactoredOptimizer, LayersSeen
 from kfqn.groups import Group, State
-from kfqn.layers import Layer
+from kfqn.layers import Layer, average_DW_
 from kfqn.moves import Move, are_finite, judged
 from kfqn.second_pass import Rewind, random_state
 
@@ -73,8 +73,9 @@ class KroneckerOptimizer(FactoredOptimizer):
         The state is not changed: nobody knows yet whether the step is taken.
         """
 
-    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
-        """Average the same into the D̂W of the state, if it has one, before W moves."""
+    def _beta(self, group: Group) -> float | None:
+        """β of D̂W ← β D̂W + (1 − β) DW, kept as ``DW`` in the state; None if no average is kept."""
+        return float(group["beta"])
 
     @abstractmethod
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
@@ -243,8 +244,7 @@ class KroneckerOptimizer(FactoredOptimizer):
         scales = self._scales(sound)
         for group in self._own_groups():
             group["k"] += bool(layers)
-        for layer in filter(self._owns, layers):
-            self._keep_average(layer, self.state[layer.weight], self._group(layer))
+        self._keep_averages([layer for layer in layers if self._owns(layer)])
         rates = self._rates()
         for layer, move in sound.items():
             self._apply(layer, move, rates[self._places[layer]], scales[layer])
@@ -253,6 +253,15 @@ class KroneckerOptimizer(FactoredOptimizer):
         )
         if self._others is not None:
             self._others.step()
+
+    def _keep_averages(self, layers: Sequence[Layer]) -> None:
+        """Average the gradients into every D̂W that is kept, before W moves."""
+        for group in self._own_groups():
+            beta = self._beta(group)
+            of_group = [layer for layer in layers if self._group(layer) is group]
+            if beta is not None:
+                kept = {layer: self.state[layer.weight]["DW"] for layer in of_group}
+                average_DW_(kept, beta, self._decay(group))
 
     def _moves(
         self, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None

@@ -58,26 +58,27 @@ class KFQN(SelfTuningOptimizer):
             shapes |= {"lambda_A": inputs.groups, "lambda_G": g}
         return shapes | {"s_G": (*g, rows), "y_G": (*g, rows)} | self._shapes_G(layer, group)
 
-    def _lambda_A(self, A: Tensor, group: Group) -> float | Tensor:
+    def _lambda_A(self, layer: Layer, moments: Moments, group: Group) -> float | Tensor:
         if not group["relative"]:
-            return super()._lambda_A(A, group)
-        scaled: Tensor = group["damping"] * damping_A(A)[..., None]
+            return super()._lambda_A(layer, moments, group)
+        scaled: Tensor = group["damping"] * self._own_lambda_A(layer, moments)[..., None]
         return scaled
+
+    def _own_lambda_A(self, layer: Layer, moments: Moments) -> Tensor:
+        """λ_A of `kfqn.damping`, (*g,), before it is scaled; a mini-batch is that of all processes."""
+        return damping_A(moments["A"], moments["vectors"] * self._ranks.size / layer.columns)
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         state = super()._start(layer, moments, group)
         if group["relative"]:
-            state["lambda_A"].copy_(damping_A(moments["A"]))
+            state["lambda_A"].copy_(self._own_lambda_A(layer, moments))
         return state
 
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:  # line 7; docs/decisions.md, 1
-        DW, beta = state["DW"], group["beta"]
+        beta = group["beta"]
         if group["automatic"]:
             beta = beta**2  # averaged in twice, Nesterov's momentum: docs/decisions.md, 34
-        return layer.average_DW(DW, beta, self._decay(group), out=torch.empty_like(DW))
-
-    def _keep_average(self, layer: Layer, state: State, group: Group) -> None:
-        layer.average_DW(state["DW"], group["beta"], self._decay(group), out=state["DW"])
+        return layer.average_DW(state["DW"], beta, self._decay(group))
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)

@@ -65,6 +65,11 @@ class Seen:
         """m, over all micro-batches."""
         return sum(self.of(batch)[0].m for batch in {use.batch for use in self.uses})
 
+    @property
+    def vectors(self) -> int:
+        """How many a_t there were, over all data and locations."""
+        return sum(use.m * use.locations for use in self.uses)
+
     def _share_of_data(self, use: Use) -> float:
         return self.of(use.batch)[0].m / self.data
 

@@ -58,7 +58,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         early: EarlyReduction = weakref.WeakMethod(self._early)
         self._watch.look_first(replace(self._first_look, early=early))
 
-    def _lambda_A(self, A: Tensor, group: Group) -> float | Tensor:
+    def _lambda_A(self, layer: Layer, moments: Moments, group: Group) -> float | Tensor:
         """What is added to the A that H_A starts from, (*g, 1) or one number."""
         return math.sqrt(group["damping"])
 
@@ -105,20 +105,21 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
     def _moment_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         inputs = self._inputs(layer)
-        return {"A": (*inputs.groups, inputs.columns, inputs.columns)}
+        return {"A": (*inputs.groups, inputs.columns, inputs.columns), "vectors": ()}
 
     def _inputs(self, layer: Layer) -> Inputs:
         """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""
         return layer.inputs.in_blocks(self._group(layer).get("max_factor_size"))
 
-    def _A(self, record: Seen) -> Tensor:
-        """A of what was seen, or its blocks."""
+    def _moments(self, record: Seen) -> Moments:
+        """A of what was seen, or its blocks, and of how many a_t it is."""
         inputs = self._inputs(record.layer)
-        return record.sum(lambda use: second_moment(inputs, record.input(use)))
+        A = record.sum(lambda use: second_moment(inputs, record.input(use)))
+        return {"A": A, "vectors": A.new_full((), record.vectors)}
 
     def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
         with self._full_precision():
-            return {layer: {"A": self._A(record)} for layer, record in seen.items()}
+            return {layer: self._moments(record) for layer, record in seen.items()}
 
     def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         with unmoved_buffers(self._model), self._watch.looking(Look(inputs=True)) as seen:
@@ -127,12 +128,13 @@ class TwoPassOptimizer(KroneckerOptimizer):
             else:
                 self._model(*batch if isinstance(batch, tuple | list) else (batch,))
         with self._full_precision():
-            return {layer: ({"A": self._A(record)}, record.data) for layer, record in seen.items()}
+            return {layer: (self._moments(record), record.data) for layer, record in seen.items()}
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         A, shapes = moments["A"], self._shapes(layer, group)
+        lambda_A = self._lambda_A(layer, moments, group)
         zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
-        state = {"H_A": inverse_factor(layer, A, self._lambda_A(A, group), "H_A")} | zeros
+        state = {"H_A": inverse_factor(layer, A, lambda_A, "H_A")} | zeros
         self._start_G(state)
         return state
 

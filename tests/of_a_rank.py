@@ -52,6 +52,8 @@ def train(method, how, folder):
         options["lr"] = "auto"
     if how.startswith("sharded"):
         options["shard_factors"] = True
+    if how.endswith("uneven"):
+        options["max_factor_size"] = 2
     optimizer = OPTIMIZERS[method](wrapped if how == "wrapper" else model, **options)
     joint = data()
     if how == "wrapper":
@@ -59,6 +61,9 @@ def train(method, how, folder):
             kfqn.closure(model, x[rank::size], y[rank::size], F.cross_entropy) for x, y in joint
         )
     for step, (x, y) in enumerate(joint):
+        if how == "joined" and step < 2:
+            optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
+            continue
         x, y = x[rank::size], y[rank::size]
         if how == "not finite" and step == 2 and rank == 1:
             x = x * float("inf")
@@ -72,7 +77,7 @@ def train(method, how, folder):
             wrapped = DistributedDataParallel(model)
             optimizer = OPTIMIZERS[method](model, **options)
             optimizer.load_state_dict(state)
-        if how == "by hand":
+        if how in ("by hand", "joined"):
             by_hand(wrapped, optimizer, x, y)
         else:
             closure = kfqn.closure(wrapped, x, y, F.cross_entropy)

@@ -267,10 +267,11 @@ def test_a_warm_start_leaves_no_trace_in_the_model(make_two_pass):
 
 
 def test_a_warm_start_weighs_batches_by_their_size(make_two_pass):
-    model, x = mlp(), torch.randn(7, 5)
+    """Of batches with as many data as layers have columns; the damping of others depends on their size."""
+    model, x = mlp(), torch.randn(17, 5)
     one, many = make_two_pass(model), make_two_pass(model)
     one.warm_start([x])
-    many.warm_start([(x[:4],), [x[4:]]])
+    many.warm_start([(x[:9],), [x[9:]]])
     weight = model[0].weight
     torch.testing.assert_close(many.state[weight]["H_A"], one.state[weight]["H_A"])
 

@@ -35,6 +35,33 @@ def test_where_nothing_comes_in_lambda_A_is_one():
     torch.testing.assert_close(damping_A(A), torch.tensor([1.0, 0.02 * 3**0.5]))
 
 
+@pytest.mark.parametrize(("for_each", "times"), [(0.125, 8.0), (0.5, 2.0), (1.0, 1.0), (100.0, 1.0)])
+def test_where_a_batch_has_fewer_vectors_than_these_have_entries_lambda_A_is_larger_in_proportion(
+    for_each, times
+):
+    A = torch.eye(3) + torch.ones(3, 3)
+    torch.testing.assert_close(damping_A(A, torch.tensor(for_each)), times * damping_A(A))
+
+
+@pytest.mark.parametrize("start", ["first batch", "micro-batches", "warm start"])
+def test_the_vectors_of_a_mini_batch_are_counted_over_data_and_locations(make, start):
+    """Of ten inputs the `Linear` layer has ten a_t, the convolution, with 4 × 4 locations, 160."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    optimizer, x, y = make(model), torch.randn(10, 1, 6, 6), torch.randint(3, (10,))
+    if start == "warm start":
+        optimizer.warm_start([x, x.flip(0)])
+    for part in [slice(0, 4), slice(4, 10)] if start == "micro-batches" else [slice(None)]:
+        (F.cross_entropy(model(x[part]), y[part]) * len(x[part]) / 10).backward()
+    with torch.no_grad():
+        h = torch.cat((model[:2](x), torch.ones(10, 1)), 1)
+    optimizer.step()
+    A = h.mT @ h / 10
+    lambda_A = [optimizer.state[model[place].weight]["lambda_A"] for place in (0, 2)]
+    torch.testing.assert_close(lambda_A[1], damping_A(A) * 33 / 10)
+    patches = torch.cat((F.unfold(x, 3).mT.flatten(0, 1), torch.ones(160, 1)), 1)
+    torch.testing.assert_close(lambda_A[0], damping_A(patches.mT @ patches / 10))
+
+
 def test_lambda_G_averages_the_curvature_that_is_met():
     s, y = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 20.0])  # ‖y‖/‖s‖ = 4
     first = damping_G(torch.zeros(1), s, y, torch.tensor([30.0]))

@@ -26,11 +26,11 @@ def two_processes(cases, folder):
     return {case: [torch.load(folder / f"{case}:{rank}.pt") for rank in (0, 1)] for case in cases}
 
 
-def one_process(method, warm=False, skip=None, lr=0.3, undone=False):
+def one_process(method, warm=False, skip=None, lr=0.3, undone=False, **options):
     joint = data()
     torch.manual_seed(0)
     model = grouped()
-    optimizer = OPTIMIZERS[method](model, lr=lr, damping=1.0, weight_decay=0.01)
+    optimizer = OPTIMIZERS[method](model, lr=lr, damping=1.0, weight_decay=0.01, **options)
     closures = [kfqn.closure(model, x, y, F.cross_entropy) for x, y in joint]
     if warm:
         optimizer.warm_start(closures)
@@ -46,8 +46,11 @@ def same(got, expected):
 
 
 def test_two_processes_are_one_on_the_joint_batch(tmp_path):
-    """``wrapper``: with a warm start, and given the wrapped model; otherwise the model is given bare."""
-    cases = [f"{method}:{how}" for method in METHODS for how in ("wrapper", "by hand")]
+    """``wrapper``: with a warm start, and given the wrapped model; otherwise the model is given bare.
+
+    ``joined``: each trains by itself first, and the first joint backward pass comes before they have met.
+    """
+    cases = [f"{method}:{how}" for method in METHODS for how in ("wrapper", "by hand", "joined")]
     for case, (first, second) in two_processes(cases, tmp_path).items():
         torch.testing.assert_close(first, second, rtol=0, atol=0)
         method, how = case.split(":")
@@ -58,8 +61,8 @@ def test_two_processes_are_one_on_the_joint_batch(tmp_path):
 
 def test_the_factors_can_be_shared_out_and_a_step_refused_by_one_is_refused_by_all(tmp_path):
     cases = ["KFBFGS:sharded", "KFLBFGS:sharded", "KFAC:closure", "KFBFGS:not finite"]
-    resumed = ["KFBFGS:resumed", "KFBFGS:sharded resumed"]
-    found = two_processes(cases + resumed, tmp_path)
+    resumed, uneven = ["KFBFGS:resumed", "KFBFGS:sharded resumed"], "KFBFGS:sharded uneven"
+    found = two_processes([*cases, *resumed, uneven], tmp_path)
     for case, plain in zip(resumed, ["KFBFGS:sharded"] * 2, strict=True):
         torch.testing.assert_close(found[case][0]["model"], found[case][1]["model"], rtol=0, atol=0)
         same(found[case][0]["model"], found[plain][0]["model"])
@@ -76,6 +79,8 @@ def test_the_factors_can_be_shared_out_and_a_step_refused_by_one_is_refused_by_a
         same({key: together[key] for key in state}, state)
     for case in cases[2:]:  # KFAC draws targets for each half, so no single process does the same
         torch.testing.assert_close(*found[case], rtol=0, atol=0)
+    for of_rank in found[uneven]:  # blocks that are filled up make a P that is not contiguous
+        same(of_rank["model"], one_process("KFBFGS", max_factor_size=2)[0])
     refused = found["KFBFGS:not finite"][0]
     assert refused["diagnostics"][""]["refused"] == 1
     assert refused["diagnostics"]["0"]["steps"] == STEPS - 1

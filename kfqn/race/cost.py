@@ -229,9 +229,8 @@ def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
 
 @torch.no_grad()
 def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
-    state, group = optimizer.state[layer.weight], optimizer.param_groups[0]
     moves, _ = optimizer._moves([layer])
-    optimizer._keep_average(layer, state, group)
+    optimizer._keep_averages([layer])
     layer.add_(moves[layer].P, alpha=0.0)
 
 
