@@ -24,7 +24,7 @@ LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 def damping_A(A: Tensor, for_each: float | Tensor = math.inf) -> Tensor:
     """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet.
 
-    ``for_each`` is how many a_t a mini-batch has for each of their C entries.
+    ``for_each`` is how many a_t a mini-batch has for each of their entries (all, where A is in blocks).
     """
     largest = A.diagonal(dim1=-2, dim2=-1).amax(-1)  # entry; its square may overflow
     known = largest > smallest(largest.dtype)

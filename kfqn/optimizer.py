@@ -48,8 +48,8 @@ class Memory:
 class KroneckerOptimizer(FactoredOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
-    A step waits for the device once, to see that loss, gradients and directions are sound, when all of them
-    have been asked for.
+    A step of one process waits for the device once, to see that loss, gradients and directions are sound,
+    when all of them have been asked for.
     """
 
     def _begin(self) -> None:
@@ -110,8 +110,9 @@ class KroneckerOptimizer(FactoredOptimizer):
 
         Returns the loss of the first call. Raises TypeError for a closure that cannot be used
         or returns no tensor, RuntimeError if no layer ran or none got a gradient, and
-        ValueError for an input of the wrong kind; if the first call shows it, weights and state
-        are then as before. If the second fails, the step is taken but nothing is learnt from it.
+        ValueError for an input of the wrong kind or a loss of more than one number; if the first
+        call shows it, weights and state are then as before. If the second fails, the step is taken but
+        nothing is learnt from it.
         """
         loss, self._memory.rewind, self._memory.since = None, _nothing, 0
         self._memory.loss = None
@@ -144,6 +145,12 @@ class KroneckerOptimizer(FactoredOptimizer):
                 f"the closure given to {self._name}.step must return the loss as a tensor, but "
                 f"returned {type(loss).__name__}: end it with 'return loss'."
             )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"the closure given to {self._name}.step must return the loss as one number, its mean over "
+                f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
+                "loss.mean()'."
+            )
         self._memory.loss = loss.detach()
         return loss
 
@@ -162,12 +169,17 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._memory.stepped = bool(layers)
         missing, signs = self._missing(layers), self._signs(loss, layers)
         moves, told = self._moves([] if missing else layers, signs=signs)
-        if not self._goes_on(*told, loss=loss, layers=layers):
+        finite, *known = told
+        if known and self._went_wrong(*known):
+            moves.clear()  # what takes their place are steps back
+            self._undo()
+            return None
+        if not self._goes_on(finite, loss, layers):
             return None
         if missing:
             self._start_from(missing, seen, closure)
             moves, _ = self._moves(layers)
-        self._note_loss(*told[1:])
+        self._note_loss(*known)
         self._update(layers, moves, seen, closure)
         return {layer: seen[layer] for layer in layers if layer in seen}
 
@@ -202,17 +214,15 @@ class KroneckerOptimizer(FactoredOptimizer):
     def _signs(self, loss: Tensor | None, layers: Iterable[Layer]) -> Tensor:
         """1 if all is finite, as far as a norm tells, and the loss, if a closure told."""
         like = self._layers[0].empty()
-        signs = [are_finite([like.new_zeros(1), *self._values(loss, layers)], 2.0)]
+        signs = [are_finite(self._values(loss, layers) or [like.new_zeros(1)], 2.0)]
         signs += [] if loss is None else [loss.detach().reshape(())]
         return torch.stack([sign.to(like) for sign in signs])
 
-    def _goes_on(self, finite: float, *known: float, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
-        """Whether the step can be taken, given means over the processes of `_signs`.
+    def _goes_on(self, finite: float, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
+        """Whether the step can be taken, given the mean over the processes of the first of `_signs`.
 
         If not, that is counted, or FloatingPointError raised.
         """
-        if known and self._takes_back(*known):
-            return False
         if finite == 1 or self._ranks.all(are_finite(self._values(loss, layers), math.inf)):
             return True
         message = "the loss or a gradient is not finite, so the step was refused and nothing was changed"
@@ -223,9 +233,12 @@ class KroneckerOptimizer(FactoredOptimizer):
         self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
         return False
 
-    def _takes_back(self, loss: float) -> bool:
-        """Whether the loss of the batch has shown the last step to be wrong; then it has been taken back."""
+    def _went_wrong(self, loss: float) -> bool:
+        """Whether the loss of the batch shows that the last step is to be taken back."""
         return False
+
+    def _undo(self) -> None:
+        """Take the last step back."""
 
     def _note_loss(self, *loss: float) -> None:
         """Take in the loss of a batch whose step is taken, if a closure told."""

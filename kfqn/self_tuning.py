@@ -127,12 +127,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._pending.clear()
         return super()._move(loss, closure)
 
-    def _takes_back(self, loss: float) -> bool:
-        if not self._automatic or not far_above(self._search, loss):
-            return False
-        self._undo()
-        self._search = undone(self._search)
-        return True
+    def _went_wrong(self, loss: float) -> bool:
+        return bool(self._automatic) and far_above(self._search, loss)
 
     def _note_loss(self, *loss: float) -> None:
         if self._automatic and loss:
@@ -156,6 +152,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 gone.zero_()
             self._ranks.send(P, self._owners.get(layer))
             layer.add_(P, alpha=1.0)
+        self._search = undone(self._search)
 
     def _update(
         self, layers: Sequence[Layer], moves: dict[Layer, Move], seen: LayersSeen, closure: Any
@@ -277,6 +274,6 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _mean(self, numbers: Sequence[Tensor]) -> list[float]:
         """Scalars as numbers, averaged over the processes."""
         like = self._layers[0].empty()
-        own = {"": torch.stack([number.detach().to(like.device, like.dtype) for number in numbers])}
+        own = {"": torch.stack([number.detach().to(like).reshape(()) for number in numbers])}
         values: list[float] = self._ranks.means(own, {"": (len(numbers),)}, like)[""].tolist()
         return values

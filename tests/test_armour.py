@@ -64,10 +64,10 @@ def test_gradients_whose_squares_overflow_are_finite(make):
     (F.cross_entropy(model(x), target) * 1e25).backward()
     assert model[0].weight.grad.square().isinf().any()
     assert optimizer._signs(None, optimizer._layers).tolist() == [0.0]
-    assert optimizer._goes_on(0.0, loss=None, layers=optimizer._layers)
+    assert optimizer._goes_on(0.0, None, optimizer._layers)
     model[0].weight.grad[0, 0] = math.inf
     with pytest.warns(RuntimeWarning, match="is not finite"):
-        assert not optimizer._goes_on(0.0, loss=None, layers=optimizer._layers)
+        assert not optimizer._goes_on(0.0, None, optimizer._layers)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -465,7 +465,17 @@ def single_closure(model, optimizer, x, target):
     return loss
 
 
+def unreduced_closure(model, optimizer, x, target):
+    loss = F.cross_entropy(model(x), target, reduction="none")
+    loss.mean().backward()
+    return loss
+
+
 WRONG_CLOSURES = {
+    r"as one number, its mean over the batch, but returned a tensor of shape \(3,\)": (
+        ValueError,
+        unreduced_closure,
+    ),
     "must return the loss as a tensor, but returned float": (TypeError, float_closure),
     "must return the loss as a tensor, but returned NoneType": (TypeError, silent_closure),
     "left no gradient on any layer": (RuntimeError, lazy_closure),
@@ -487,6 +497,24 @@ def test_a_wrong_closure_gets_one_sentence_and_changes_nothing(make_two_pass, me
         optimizer.step(lambda: wrong(model, optimizer, *data[2]))
     assert unchanged(before, snapshot(model, optimizer))
     train(model, optimizer, data)  # and the optimizer still works
+
+
+def test_a_loss_of_one_entry_is_a_number(make_two_pass):
+    losses = []
+    for shape in ((), (1,)):
+        torch.manual_seed(0)
+        model, data = mlp(), batches((5,), 4)
+        optimizer = make_two_pass(model)
+        for x, target in data:
+
+            def evaluate(model=model, x=x, target=target, shape=shape):
+                model.zero_grad()
+                loss = F.cross_entropy(model(x), target).reshape(shape)
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(evaluate).item())
+    assert losses[:4] == losses[4:]
 
 
 def test_other_wrong_calls(make_two_pass):
