@@ -25,6 +25,7 @@ peers: $(VENV)/installed-peers
 bench: $(VENV)/installed-peers
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/levers.py
+	$(BIN)/python benchmarks/calls.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

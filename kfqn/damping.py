@@ -10,8 +10,6 @@ times the inverse Hessian, and starts from I whatever the units of the loss are.
 Nothing here reads a number back to the host.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,17 +19,16 @@ SHARE = 0.01  # of ‖A‖ is λ_A
 LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
 
-def damping_A(A: Tensor, for_each: float | Tensor = math.inf) -> Tensor:
+def damping_A(A: Tensor, for_each: Tensor) -> Tensor:
     """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet.
 
-    ``for_each`` is how many a_t a mini-batch has for each of their entries (all, where A is in blocks).
+    ``for_each``, (), is how many a_t a mini-batch has for each of their entries (all, where A is in blocks).
     """
     largest = A.diagonal(dim1=-2, dim2=-1).amax(-1)  # entry; its square may overflow
     known = largest > smallest(largest.dtype)
     largest = torch.where(known, largest, 1.0)
     norm = largest * torch.linalg.matrix_norm(A / largest[..., None, None])
-    few = torch.as_tensor(1 / for_each, device=A.device).clamp(min=1)
-    return torch.where(known, SHARE * few * norm, 1.0)
+    return torch.where(known, SHARE * norm * (1 / for_each).clamp(min=1), 1.0)
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ class Early(NamedTuple):
         return Early(*(x.to(layer.weight.device, layer.dtype) for x in self))
 
 
+def changes(
+    firsts: Sequence[First], h: Sequence[Tensor], Dh: Sequence[Tensor], loss_scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """How h̄ and Dh̄, (*g, I), of every layer have changed from the first pass to the second."""
+    dh = torch._foreach_sub([*h], [first.h for first in firsts])
+    dDh = torch._foreach_sub([*Dh], [first.Dh for first in firsts])
+    torch._foreach_mul_(dDh, [first.factor / loss_scale for first in firsts])
+    return [*dh], [*dDh]
+
+
 def pushed(states: Sequence[State], rows: Rows, s: Tensor, y: Tensor) -> Tensor:
     """Append the rows of pairs to the histories S and Y of every layer; say of each, (rows, 1), if it was."""
     pairs = zip(states, rows.part(s), rows.part(y), strict=True)
@@ -50,10 +60,10 @@ def averaged_pairs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """s_G and y_G with this step's changes of h̄ and Dh̄ averaged in; without, and zeros, if not finite."""
     rows = Rows.of(dh)
-    changes = {"s_G": rows.join(dh), "y_G": rows.join(dDh)}
-    finite = torch.stack([*changes.values()]).isfinite().all(0).all(-1, keepdim=True)
+    changed = {"s_G": rows.join(dh), "y_G": rows.join(dDh)}
+    finite = torch.stack([*changed.values()]).isfinite().all(0).all(-1, keepdim=True)
     pair = []
-    for key, change in changes.items():
+    for key, change in changed.items():
         kept = [state[key] for state in states]
         before = rows.join(kept)
         average = before.lerp(torch.where(finite, change, before), 1 - group["beta"])

@@ -58,21 +58,18 @@ class KFQN(SelfTuningOptimizer):
             shapes |= {"lambda_A": inputs.groups, "lambda_G": g}
         return shapes | {"s_G": (*g, rows), "y_G": (*g, rows)} | self._shapes_G(layer, group)
 
-    def _lambda_A(self, layer: Layer, moments: Moments, group: Group) -> float | Tensor:
+    def _lambda_A(self, moments: Moments, group: Group) -> float | Tensor:
         if not group["relative"]:
-            return super()._lambda_A(layer, moments, group)
-        scaled: Tensor = group["damping"] * self._own_lambda_A(layer, moments)[..., None]
+            return super()._lambda_A(moments, group)
+        scaled: Tensor = group["damping"] * moments["lambda_A"][..., None]
         return scaled
 
-    def _own_lambda_A(self, layer: Layer, moments: Moments) -> Tensor:
-        """λ_A of `kfqn.damping`, (*g,), before it is scaled; a mini-batch is that of all processes."""
-        return damping_A(moments["A"], moments["vectors"] * self._ranks.size / layer.columns)
-
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
-        state = super()._start(layer, moments, group)
-        if group["relative"]:
-            state["lambda_A"].copy_(self._own_lambda_A(layer, moments))
-        return state
+        if not group["relative"]:
+            return super()._start(layer, moments, group)
+        for_each = moments["vectors"] * self._ranks.size / layer.columns  # of the mini-batch of all processes
+        lambda_A = damping_A(moments["A"], for_each)
+        return super()._start(layer, moments | {"lambda_A": lambda_A}, group) | {"lambda_A": lambda_A}
 
     def _average(self, layer: Layer, state: State, group: Group) -> Tensor:  # line 7; docs/decisions.md, 1
         beta = group["beta"]

@@ -108,10 +108,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return super()._is_due(k, group) or (bool(self._automatic) and self._search.due)
 
     def _rate(self, group: Group) -> float:
-        if not group["automatic"]:
-            return super()._rate(group)
-        search = self._search
-        return float(group["lr"]) * search.left * search.rate
+        return self._factor(group) * self._search.rate if group["automatic"] else super()._rate(group)
 
     def _factor(self, group: Group) -> float:
         """What a scheduler and the losses so far leave of the steps that are found."""
@@ -211,12 +208,9 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         search, reach = self._search, self._search.rate * mean
         even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
         left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
-        factors = {
-            place: self._factor(self.param_groups[place]) for place in {*map(self._places.__getitem__, own)}
-        }
         D = sum(even[layer] * move.slope for layer, move in own.items())
         scheduled = sum(
-            even[layer] * move.slope * factors[self._places[layer]] for layer, move in own.items()
+            even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
         )
         left *= left_by_noise(search, search.rate * left * scheduled, len(own))
         pending, rate = self._pending, search.rate * left

@@ -24,7 +24,7 @@ from kfqn.groups import Group, State
 from kfqn.inputs import Inputs
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
-from kfqn.pairs import Early, First, averaged_pairs
+from kfqn.pairs import Early, First, averaged_pairs, changes
 from kfqn.rows import Rows
 from kfqn.second_pass import second_pass, unmoved_buffers
 from kfqn.seen import Seen
@@ -58,7 +58,7 @@ class TwoPassOptimizer(KroneckerOptimizer):
         early: EarlyReduction = weakref.WeakMethod(self._early)
         self._watch.look_first(replace(self._first_look, early=early))
 
-    def _lambda_A(self, layer: Layer, moments: Moments, group: Group) -> float | Tensor:
+    def _lambda_A(self, moments: Moments, group: Group) -> float | Tensor:
         """What is added to the A that H_A starts from, (*g, 1) or one number."""
         return math.sqrt(group["damping"])
 
@@ -132,9 +132,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
 
     def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
         A, shapes = moments["A"], self._shapes(layer, group)
-        lambda_A = self._lambda_A(layer, moments, group)
         zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
-        state = {"H_A": inverse_factor(layer, A, lambda_A, "H_A")} | zeros
+        state = {"H_A": inverse_factor(layer, A, self._lambda_A(moments, group), "H_A")} | zeros
         self._start_G(state)
         return state
 
@@ -308,8 +307,9 @@ class TwoPassOptimizer(KroneckerOptimizer):
                 self._learn_from(firsts, seen, loss_scale)
 
     def _is_due(self, k: int, group: Group) -> bool:
-        """Whether step k, counted from 0, is to have a second pass."""
-        return _is_learnt_from(k, group)
+        """Whether step k, counted from 0, is to have a second pass; at first every one has."""
+        gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
+        return k % gap == 0
 
     def _check_losses(self, loss: Tensor | float | None) -> None:
         """Raise RuntimeError, before the second pass, if it needs the loss of the first."""
@@ -330,16 +330,10 @@ class TwoPassOptimizer(KroneckerOptimizer):
             self._learn_A([first.s for first in known], [first.As for first in known], states, group)
             moved = [layer for layer in layers if (layer, "h") in means]
             if moved:
-                states, known = (
-                    [self.state[layer.weight] for layer in moved],
-                    [firsts[layer] for layer in moved],
-                )
-                dh = torch._foreach_sub([means[layer, "h"] for layer in moved], [first.h for first in known])
-                dDh = torch._foreach_sub(
-                    [means[layer, "Dh"] for layer in moved], [first.Dh for first in known]
-                )
-                torch._foreach_mul_(dDh, [first.factor / loss_scale for first in known])
-                self._learn_G(*averaged_pairs(dh, dDh, states, group), states, group)
+                h, Dh = ([means[layer, key] for layer in moved] for key in ("h", "Dh"))
+                changed = changes([firsts[layer] for layer in moved], h, Dh, loss_scale)
+                states = [self.state[layer.weight] for layer in moved]
+                self._learn_G(*averaged_pairs(*changed, states, group), states, group)
 
     def _alike(self, layers: Sequence[Layer]) -> list[list[Layer]]:
         """Those layers that are in one group, on one device and of one type, which are learnt together."""
@@ -347,9 +341,3 @@ class TwoPassOptimizer(KroneckerOptimizer):
         for layer in layers:
             found.setdefault((self._places[layer], layer.weight.device, layer.dtype), []).append(layer)
         return [*found.values()]
-
-
-def _is_learnt_from(k: int, group: Group) -> bool:
-    """Whether step k, counted from 0, is one of those with a second pass; at first every one is."""
-    gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
-    return k % gap == 0
