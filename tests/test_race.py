@@ -247,21 +247,34 @@ def test_a_claimed_run_is_left_to_its_owner(tmp_path):
     assert not run.held()
 
 
-def hold(folder, seconds, ready):
+def hold(folder, held, leave):
     with Run(folder).claimed():
-        ready.set()
-        time.sleep(seconds)
+        held.set()
+        leave.wait(60)
 
 
-def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path):
+@pytest.mark.parametrize("when", ["while the workers run", "once they are over"])
+def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkeypatch, when):
     run = Run.create(tmp_path, config(epochs=1))
     context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    other = context.Process(target=hold, args=(run.folder, 6, ready))
+    held, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(run.folder, held, leave))
     other.start()
-    assert ready.wait(60)
-    workers.do([run], 1, None, lambda: None)
-    other.join(10)  # it let go of the run; its process may take a moment more
+    assert held.wait(60)
+    one_round = workers._work_and_watch
+
+    def and_then_leave(*args):
+        came_back = one_round(*args)
+        leave.set()
+        other.join(20)
+        return came_back
+
+    if when == "once they are over":
+        monkeypatch.setattr(workers, "_work_and_watch", and_then_leave)
+        workers.do([run], 1, None, lambda: None)
+    else:
+        workers.do([run], 1, None, leave.set)
+        other.join(20)
     assert other.exitcode == 0
     assert run.end()["status"] == "finished"
 

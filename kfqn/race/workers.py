@@ -48,8 +48,8 @@ def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[]
     try:
         left = [run for run in runs if run.end() is None]
         while left:
-            _work_and_watch(left, jobs, data_dir, watch)
-            left = [run for run in left if run.end() is None and run.held()]
+            all_came_back = _work_and_watch(left, jobs, data_dir, watch)
+            left = [run for run in left if run.end() is None and (all_came_back or run.held())]
             while any(run.end() is None and run.held() for run in left):
                 watch()
                 time.sleep(POLL_SECONDS)
@@ -91,7 +91,8 @@ def _watched(watch: Callable[[], None]) -> Iterator[None]:
         watcher.join()
 
 
-def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
+def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> bool:
+    """Whether every worker came to its end, so that what is left undone was in the hands of others."""
     context = multiprocessing.get_context("spawn")
     folders = [run.folder for run in left]
     workers = [context.Process(target=work, args=(folders, data_dir)) for _ in range(min(jobs, len(left)))]
@@ -108,6 +109,7 @@ def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch
             if worker.pid is not None:
                 worker.join(GRACE_SECONDS)
                 worker.kill()
+    return all(worker.exitcode == 0 for worker in workers)
 
 
 def _start(workers: Sequence[BaseProcess]) -> None:
