@@ -116,7 +116,7 @@ def main() -> None:
         torch.testing.assert_close(product(blocks, V, H_A), blocks.times(V, H_A), rtol=1e-3, atol=0.1)
     for p in wide.parameters():
         p.grad = torch.randn_like(p)
-    DW, (dw, db) = wide.DW(), wide.gradients()
+    DW, (dw, db) = wide.DW(wide.gradients()), wide.gradients()
     ways: dict[str, Callable[[], object]] = {
         "the layer's own forward pass": lambda: module(a),
         "eq. (13) as a convolution and its weight gradient": lambda: eq_13_by_convolution(a, v),
@@ -127,7 +127,7 @@ def main() -> None:
         "D̂W H_A in 16 blocks, copied to their places": lambda: product_by_block(blocks, V, H_A),
         "D̂W H_A in 16 blocks, written in place (kept)": lambda: blocks.times(V, H_A),
         "D̂W averaged from DW as a matrix": lambda: averaged_as_a_matrix(V, dw, db),
-        "D̂W averaged part by part (kept)": lambda: wide.average_DW(V, 0.9, 0.0),
+        "D̂W averaged part by part (kept)": lambda: wide.average_DW(V, wide.gradients(), 0.9, 0.0),
         "whether DW is finite, by its largest entry": lambda: torch.linalg.vector_norm(DW, math.inf),
         "whether DW is finite, by its 2-norm (kept)": lambda: torch.linalg.vector_norm(DW),
         "mean activation (kept: mean over data first)": lambda: mean_activation(layer.inputs, a),

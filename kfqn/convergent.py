@@ -43,6 +43,8 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         ValueError: as `KFBFGS`.
     """
 
+    _reads = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,8 +85,8 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     def _start_G(self, state: State) -> None:
         """An empty history already stands for I (line 1)."""
 
-    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        return layer.DW(self._decay(group))  # without momentum
+    def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
+        return layer.DW(gradients, self._decay(group))  # without momentum
 
     def _beta(self, group: Group) -> float | None:
         return None

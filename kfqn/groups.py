@@ -17,12 +17,18 @@ State = dict[str, Tensor]
 Group = dict[str, Any]
 Others = Callable[[list[Any]], torch.optim.Optimizer]
 
+_PASSING = ("params", "lr", "k", "refused", "search", "usual", "drawn")  # differ from step to step
 NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
 
 
 def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
     """What trains the parameters that belong to no layer, unless told otherwise."""
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, foreach=True)
+
+
+def lasting(group: Group) -> Group:
+    """What of a group stays the same over steps, and so may be part of what a GPU repeats (`kfqn.graphs`)."""
+    return {key: value for key, value in group.items() if key not in _PASSING}
 
 
 class LayeredOptimizer(torch.optim.Optimizer, ABC):

@@ -170,10 +170,10 @@ class KFAC(KroneckerOptimizer):
         }
         return state | ({"mean_W": layer.W()} if group["averaging"] else {})
 
-    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
+    def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         if group["momentum"]:
-            return layer.DW(self._decay(group))
-        return layer.average_DW(state["DW"], group["beta"], self._decay(group))  # line 6
+            return layer.DW(gradients, self._decay(group))
+        return layer.average_DW(state["DW"], gradients, group["beta"], self._decay(group))  # line 6
 
     def _beta(self, group: Group) -> float | None:
         return None if group["momentum"] else super()._beta(group)

@@ -87,23 +87,23 @@ class Layer(ABC):
             )
         return gradients
 
-    def DW(self, decay: float = 0.0) -> Tensor:
-        """The gradients as one matrix (*g, I, C), on the scale of ``.grad``, with ``decay`` × W added."""
-        weight, *bias = self.gradients()
+    def DW(self, gradients: Sequence[Tensor], decay: float = 0.0) -> Tensor:
+        """`gradients` as one matrix (*g, I, C), on the scale of ``.grad``, with ``decay`` × W added."""
+        weight, *bias = gradients
         DW = self._matrix(weight, bias[0] if bias else None)
         for p, part in self.parts(DW) if decay else ():
             part.add_(p, alpha=decay)
         return DW
 
-    def average_DW(self, average: Tensor, beta: float, decay: float) -> Tensor:
-        """β D̂W + (1 − β) DW, for D̂W of shape (*g, I, C) and DW with ``decay`` × W added.
+    def average_DW(self, average: Tensor, gradients: Sequence[Tensor], beta: float, decay: float) -> Tensor:
+        """β D̂W + (1 − β) DW, for D̂W of shape (*g, I, C) and DW of `gradients`, with ``decay`` × W added.
 
         DW is not written out, which would be a copy of the gradient.
         """
         out = torch.empty_like(average)
-        for (p, old), (_, new) in zip(self.parts(average), self.parts(out), strict=True):
-            assert p.grad is not None
-            torch.lerp(old, p.grad.to(old.dtype), 1 - beta, out=new)
+        parts = zip(gradients, self.parts(average), self.parts(out), strict=True)
+        for gradient, (p, old), (_, new) in parts:
+            torch.lerp(old, gradient.to(old.dtype), 1 - beta, out=new)
             if decay:
                 new.add_(p, alpha=(1 - beta) * decay)
         return out

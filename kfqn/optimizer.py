@@ -5,23 +5,20 @@ starts with, the direction, and what is learnt of the two factors.
 """
 
 import contextlib
-import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfqn.factors import FactoredOptimizer, LayersSeen
-from kfqn.groups import Group, State
-from kfqn.layers import Layer, average_DW_
-from kfqn.moves import Move, are_finite, judged
+from kfqn.factors import LayersSeen
+from kfqn.layers import Layer
+from kfqn.moves import Move, are_finite
 from kfqn.second_pass import Rewind, random_state
-
-Average = Callable[[Layer, State, Group], Tensor]
+from kfqn.update import UpdatingOptimizer
 
 
 def _nothing() -> None:
@@ -45,7 +42,7 @@ class Memory:
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
 
 
-class KroneckerOptimizer(FactoredOptimizer):
+class KroneckerOptimizer(UpdatingOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
 
     A step of one process waits for the device once, to see that loss, gradients and directions are sound,
@@ -65,25 +62,6 @@ class KroneckerOptimizer(FactoredOptimizer):
     @abstractmethod
     def _check_closure(self, closure: Any) -> None:
         """Raise TypeError or ValueError for a closure that cannot be used, before it is called."""
-
-    @abstractmethod
-    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:
-        """What the direction is taken of: D̂W, (*g, I, C), with this mini-batch's gradient and `_decay` × W.
-
-        The state is not changed: nobody knows yet whether the step is taken.
-        """
-
-    def _beta(self, group: Group) -> float | None:
-        """β of D̂W ← β D̂W + (1 − β) DW, kept as ``DW`` in the state; None if no average is kept."""
-        return float(group["beta"])
-
-    @abstractmethod
-    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
-        """P in W ← W − α P, (*g, I, C), from D̂W."""
-
-    def _momentum(self, group: Group) -> float:
-        """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
-        return 0.0
 
     @abstractmethod
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
@@ -198,10 +176,6 @@ class KroneckerOptimizer(FactoredOptimizer):
             layers.append(layer)
         return layers
 
-    def _decay(self, group: Group) -> float:
-        """What times W is added to gradients: L2 regularisation."""
-        return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
-
     def _values(self, loss: Tensor | None, layers: Iterable[Layer]) -> list[Tensor]:
         """All that has to be finite."""
         others = self._others.param_groups if self._others is not None else []
@@ -266,101 +240,6 @@ class KroneckerOptimizer(FactoredOptimizer):
         )
         if self._others is not None:
             self._others.step()
-
-    def _keep_averages(self, layers: Sequence[Layer]) -> None:
-        """Average the gradients into every D̂W that is kept, before W moves."""
-        for group in self._own_groups():
-            beta = self._beta(group)
-            of_group = [layer for layer in layers if self._group(layer) is group]
-            if beta is not None:
-                kept = {layer: self.state[layer.weight]["DW"] for layer in of_group}
-                average_DW_(kept, beta, self._decay(group))
-
-    def _moves(
-        self, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None
-    ) -> tuple[dict[Layer, Move], list[float]]:
-        """The steps of these layers before they are taken; P is empty where the factors are elsewhere.
-
-        ``average`` tells what the directions are taken of, one layer after the other, if not of `_average`.
-        With ``signs`` also their means over the processes, read with the rest.
-        """
-        average, rates = average or self._average, self._rates()
-        directions: dict[Layer, Tensor] = {}
-        own: dict[Layer | None, Tensor] = {} if signs is None else {None: signs}
-        with self._full_precision():
-            for layer in layers:
-                if not self._owns(layer):
-                    directions[layer] = layer.empty()
-                    continue
-                state, group = self.state[layer.weight], self._group(layer)
-                DW = average(layer, state, group)
-                P = directions[layer] = self._direction(DW, layer, state, group)
-                norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-                own[layer] = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
-        if not own and self._ranks.size == 1:
-            return {}, []
-        sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
-        sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
-        shapes = {key: (size,) for key, size in sizes.items()}
-        shared = self._ranks.means(own, shapes, self._layers[0].empty())
-        numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
-        read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
-        moves = {
-            layer: judged(layer, rates[self._places[layer]], P, *read[layer])
-            for layer, P in directions.items()
-        }
-        return moves, read.get(None, [])
-
-    def _rate(self, group: Group) -> float:
-        """α."""
-        return float(group["lr"])
-
-    def _rates(self) -> dict[int, float]:
-        """α of every group of layers, by its place."""
-        return {place: self._rate(self.param_groups[place]) for place in {*self._places.values()}}
-
-    def _shrinking(self, group: Group) -> float:
-        """What decoupled weight decay is a multiple of."""
-        return self._rate(group)
-
-    def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
-        """How much of each step is taken."""
-        scales: dict[Layer, float] = {}
-        for group in self._own_groups():
-            slopes = {layer: move.slope for layer, move in moves.items() if self._group(layer) is group}
-            change, clip = self._rate(group) ** 2 * sum(slopes.values()), group["clip"]
-            clipped = clip is not None and change > clip
-            scales |= dict.fromkeys(slopes, math.sqrt(clip / change) if clipped else 1.0)
-        return scales
-
-    def _apply(self, layer: Layer, move: Move, rate: float, scale: float) -> None:
-        """W ← W − α P."""
-        group, P = self._group(layer), move.P
-        momentum = self._momentum(group)
-        if not self._owns(layer):
-            P = layer.W()
-        elif momentum:
-            P = self.state[layer.weight]["DW"].mul_(momentum).add_(P, alpha=scale)
-        P = P.contiguous()
-        self._ranks.send(P, self._owners.get(layer))
-        decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-        shrinking = self._shrinking(group) * decay if decay else 0.0
-        self._add(layer, P, -rate if momentum else -rate * scale, shrinking)
-
-    def _note_moves(self, norms: Mapping[Layer, float]) -> None:
-        """Count the step, and keep these ‖α P‖, in the states of the layers that moved."""
-        own = [layer for layer in norms if self._owns(layer)]
-        if own:
-            torch._foreach_add_([self.state[p]["step"] for layer in own for p in layer.parameters()], 1)
-            last = [self.state[layer.weight]["last"][0] for layer in own]
-            torch._foreach_zero_(last)
-            torch._foreach_add_(last, [norms[layer] for layer in own])
-
-    def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
-        """W ← (1 − shrinking) W + alpha P."""
-        if shrinking:
-            layer.set_(layer.W().mul_(1 - shrinking))
-        layer.add_(P, alpha)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """Start these layers anew from this mini-batch; what is averaged over steps is kept.

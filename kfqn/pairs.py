@@ -39,12 +39,15 @@ class Early(NamedTuple):
 
 
 def changes(
-    firsts: Sequence[First], h: Sequence[Tensor], Dh: Sequence[Tensor], loss_scale: float
+    h: Sequence[Tensor],
+    Dh: Sequence[Tensor],
+    h_after: Sequence[Tensor],
+    Dh_after: Sequence[Tensor],
+    factors: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """How h̄ and Dh̄, (*g, I), of every layer have changed from the first pass to the second."""
-    dh = torch._foreach_sub([*h], [first.h for first in firsts])
-    dDh = torch._foreach_sub([*Dh], [first.Dh for first in firsts])
-    torch._foreach_mul_(dDh, [first.factor / loss_scale for first in firsts])
+    """How h̄ and Dh̄, (*g, I), of every layer have changed, the latter times the layer's factor."""
+    dh, dDh = torch._foreach_sub([*h_after], [*h]), torch._foreach_sub([*Dh_after], [*Dh])
+    torch._foreach_mul_(dDh, factors)
     return [*dh], [*dDh]
 
 

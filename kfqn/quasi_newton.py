@@ -71,11 +71,12 @@ class KFQN(SelfTuningOptimizer):
         lambda_A = damping_A(moments["A"], for_each)
         return super()._start(layer, moments | {"lambda_A": lambda_A}, group) | {"lambda_A": lambda_A}
 
-    def _average(self, layer: Layer, state: State, group: Group) -> Tensor:  # line 7; docs/decisions.md, 1
+    def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         beta = group["beta"]
         if group["automatic"]:
             beta = beta**2  # averaged in twice, Nesterov's momentum: docs/decisions.md, 34
-        return layer.average_DW(state["DW"], beta, self._decay(group))
+        # line 7; docs/decisions.md, 1
+        return layer.average_DW(state["DW"], gradients, beta, self._decay(group))
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
@@ -122,7 +123,7 @@ def _in_own_units(s: list[Tensor], y: list[Tensor], states: list[State]) -> list
     """y/λ_G of every layer, after its λ_G has taken in the pair."""
     rows, kept = Rows.of(y), [state["lambda_G"][..., None] for state in states]
     of_layers = Rows.of(kept)
-    steps = [torch.full_like(x, float(state["step"])) for state, x in zip(states, kept, strict=True)]
+    steps = [state["step"].expand_as(x) for state, x in zip(states, kept, strict=True)]
     y_G = rows.join(y)
     lambda_G = damping_G(of_layers.join(kept), rows.join(s), y_G, of_layers.join(steps))
     torch._foreach_copy_(kept, of_layers.part(lambda_G))

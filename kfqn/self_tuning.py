@@ -140,7 +140,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._memory.stepped = False
         missing = {*self._missing(self._layers)}
         layers = [layer for layer in self._layers if layer not in missing]
-        moves, _ = self._moves(layers, lambda layer, state, group: state["DW"])
+        moves, _ = self._moves(layers, lambda layer, gradients, state, group: state["DW"])
         for layer, move in moves.items():
             P = layer.W()
             if self._owns(layer):

@@ -1,35 +1,22 @@
 """Learning from the change between two passes of the same loss: what the quasi-Newton methods share."""
 
 import contextlib
-import math
-import weakref
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfqn.capture import EarlyReduction, Look
-from kfqn.closures import Closure
-from kfqn.curvature import (
-    mean_activation,
-    mean_preactivation,
-    mean_preactivation_gradient,
-    second_moment,
-)
-from kfqn.factors import LayersSeen, Moments, inverse_factor
-from kfqn.groups import Group, State
-from kfqn.inputs import Inputs
+from kfqn.factors import LayersSeen
+from kfqn.first_look import LookingOptimizer
+from kfqn.groups import Group, State, lasting
 from kfqn.layers import Layer
-from kfqn.optimizer import KroneckerOptimizer
-from kfqn.pairs import Early, First, averaged_pairs, changes
+from kfqn.pairs import First, averaged_pairs, changes
 from kfqn.rows import Rows
-from kfqn.second_pass import second_pass, unmoved_buffers
-from kfqn.seen import Seen
-
-_PATIENCE = 10  # steps until the gap between those that are learnt from may grow by one
+from kfqn.second_pass import second_pass
 
 
 @dataclass
@@ -39,44 +26,29 @@ class Again:
     loss: Tensor | float | None = None
 
 
-class TwoPassOptimizer(KroneckerOptimizer):
+class TwoPassOptimizer(LookingOptimizer):
     """The loop of Algorithm 2 and of Algorithm 3: the same loss before and after the step.
 
-    H_G learns how h̄ and Dh̄ change from one pass to the other, H_A from the inputs of the first. A layer's
-    first state has H_A = (A + λ_A I)⁻¹ and zeros elsewhere.
+    H_G learns how h̄ and Dh̄ change from one pass to the other, H_A from the inputs of the first.
 
     The first pass is any forward and backward pass, the second one either that of the closure given to
     `step`, or what is done inside `second_pass`.
     """
 
     _counted = ("resets", "A taken", "A skipped", "G taken", "G damped", "G skipped")
-    _first_look = Look(inputs=True, h=mean_preactivation, Dh=mean_preactivation_gradient)
+    _reads = False  # whether `_learn_A` or `_learn_G` reads numbers back to the host
 
     def _begin(self) -> None:
         super()._begin()
         self._firsts: dict[Layer, First] = {}  # of a step whose second pass is to come; changed in place
-        early: EarlyReduction = weakref.WeakMethod(self._early)
-        self._watch.look_first(replace(self._first_look, early=early))
-
-    def _lambda_A(self, moments: Moments, group: Group) -> float | Tensor:
-        """What is added to the A that H_A starts from, (*g, 1) or one number."""
-        return math.sqrt(group["damping"])
-
-    @abstractmethod
-    def _probe(self, mean_a: Tensor, state: State) -> Tensor:
-        """What A is asked for, (*g, C), given ā (*g, C): the s whose product A s is wanted."""
-
-    @abstractmethod
-    def _answer(self, layer: Layer, a: Tensor, s: Tensor) -> Tensor:
-        """A s of an input of the layer, or what else of A the method learns from."""
-
-    @abstractmethod
-    def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
-        """The shape of `_answer`."""
 
     @abstractmethod
     def _learn_A(self, s: list[Tensor], answers: list[Tensor], states: list[State], group: Group) -> None:
-        """Take in s and `_answer` of the first pass, after the step, for layers of one group."""
+        """Take in s and `_answer` of the first pass, after the step, for layers of one group.
+
+        Like `_learn_G` it may run on a GPU from a record (`kfqn.graphs`), so ``group`` holds `lasting`
+        settings only, and a state's ``step`` is where its factors are.
+        """
 
     @abstractmethod
     def _learn_G(self, s: list[Tensor], y: list[Tensor], states: list[State], group: Group) -> None:
@@ -92,50 +64,12 @@ class TwoPassOptimizer(KroneckerOptimizer):
         ]
         torch._foreach_copy_(kept, least)
 
-    @abstractmethod
-    def _start_G(self, state: State) -> None:
-        """Turn what the state holds of H_G, zeros so far, into H_G = I, in place."""
-
     def _check_closure(self, closure: Any) -> None:
         if not callable(closure):
             raise TypeError(
                 f"{self._name}.step takes a closure that clears the gradients, computes the loss, "
                 f"calls backward and returns the loss, but got {type(closure).__name__}."
             )
-
-    def _moment_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        inputs = self._inputs(layer)
-        return {"A": (*inputs.groups, inputs.columns, inputs.columns), "vectors": ()}
-
-    def _inputs(self, layer: Layer) -> Inputs:
-        """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""
-        return layer.inputs.in_blocks(self._group(layer).get("max_factor_size"))
-
-    def _moments(self, record: Seen) -> Moments:
-        """A of what was seen, or its blocks, and of how many a_t it is."""
-        inputs = self._inputs(record.layer)
-        A = record.sum(lambda use: second_moment(inputs, record.input(use)))
-        return {"A": A, "vectors": A.new_full((), record.vectors)}
-
-    def _first_moments(self, seen: LayersSeen, closure: Any) -> dict[Layer, Moments]:
-        with self._full_precision():
-            return {layer: self._moments(record) for layer, record in seen.items()}
-
-    def _batch_moments(self, batch: Any) -> dict[Layer, tuple[Moments, int]]:
-        with unmoved_buffers(self._model), self._watch.looking(Look(inputs=True)) as seen:
-            if isinstance(batch, Closure):
-                batch.output()
-            else:
-                self._model(*batch if isinstance(batch, tuple | list) else (batch,))
-        with self._full_precision():
-            return {layer: (self._moments(record), record.data) for layer, record in seen.items()}
-
-    def _start(self, layer: Layer, moments: Moments, group: Group) -> State:
-        A, shapes = moments["A"], self._shapes(layer, group)
-        zeros = {key: A.new_zeros(shape) for key, shape in shapes.items() if key != "H_A"}
-        state = {"H_A": inverse_factor(layer, A, self._lambda_A(moments, group), "H_A")} | zeros
-        self._start_G(state)
-        return state
 
     @property
     def second_pass_due(self) -> bool:
@@ -177,88 +111,6 @@ class TwoPassOptimizer(KroneckerOptimizer):
         if closure is not None and self._firsts:
             with self.second_pass(self._memory.loss) as again:
                 again.loss = closure()
-
-    def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
-        """What the first pass says of every layer, over all processes."""
-        layers, like = self._layers, self._layers[0].empty()
-        cut = {layer: self._inputs(layer) for layer in layers}
-        columns = {layer: (*inputs.groups, inputs.columns) for layer, inputs in cut.items()}
-        rows = {layer: (*layer.groups, layer.rows) for layer in layers}
-        again = {layer: record.since(self._memory.since) for layer, record in seen.items()}
-        again = {layer: record for layer, record in again.items() if record.uses}
-        own = {(layer, "a"): self._mean_a(seen[layer]) for layer in again}
-        own |= {(layer, "h"): record.h() for layer, record in again.items()}
-        own |= {(layer, "Dh"): record.Dh() for layer, record in again.items()}
-        shapes = {(layer, "a"): columns[layer] for layer in layers}
-        shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
-        means = self._ranks.means(own, shapes, like)
-        known = [layer for layer in layers if (layer, "h") in means]
-        probes = {
-            layer: self._probe(means[layer, "a"], self.state[layer.weight])
-            for layer in known
-            if layer.weight in self.state and (layer not in again or again[layer].has_inputs)
-        }
-        probes |= {
-            layer: record.uses[0].early.like(layer).s
-            for layer, record in again.items()
-            if not record.has_inputs
-        }
-        probes = self._ranks.means(probes, columns, like)
-        answers = {layer: self._answers(seen[layer], probes[layer]) for layer in known if layer in again}
-        answers = self._ranks.means(answers, {layer: self._answer_shape(layer) for layer in layers}, like)
-        factors = {layer: seen[layer].data / record.data for layer, record in again.items()}
-        return {
-            layer: First(
-                means[layer, "h"], means[layer, "Dh"], probes[layer], answers[layer], factors.get(layer, 1.0)
-            )
-            for layer in known
-        }
-
-    def _mean_a(self, record: Seen) -> Tensor:
-        """ā, (*g, C)."""
-        inputs = self._inputs(record.layer)
-        return record.mean(
-            lambda use: (
-                use.early.like(record.layer).a
-                if use.early is not None
-                else mean_activation(inputs, record.input(use))
-            )
-        )
-
-    def _answers(self, record: Seen, s: Tensor) -> Tensor:
-        """`_answer` of all the layer's inputs."""
-        return record.sum(
-            lambda use: (
-                use.early.like(record.layer).As
-                if use.early is not None
-                else self._answer(record.layer, record.input(use), s)
-            )
-        )
-
-    def _early(self, seen: Seen, a: Tensor) -> Early | None:
-        """What is learnt from an input when its gradient arrives, so that nobody has to hold the input.
-
-        Only where ā and A are likely to be this input's alone, because the layer was used once in the last
-        pass that was learnt from, by one process. If it is used again after all, A is asked for the s of the
-        first use, with which H_A learns no less.
-        """
-        first = seen.uses[0].early if seen.uses else None
-        if first is None and (seen.uses or not self._likely_alone(seen.layer)):
-            return None
-        layer, state = seen.layer, self.state[seen.layer.weight]
-        with torch.no_grad(), self._full_precision():
-            a = a.to(layer.dtype)
-            mean_a = mean_activation(self._inputs(layer), a)
-            s = first.s if first is not None else self._probe(mean_a, state)
-            return Early(mean_a, s, self._answer(layer, a, s))
-
-    def _likely_alone(self, layer: Layer) -> bool:
-        """Whether the next use of a layer is likely to be all that its H_A learns from."""
-        H_A, group = self.state.get(layer.weight, {}).get("H_A"), self._group(layer)
-        there = H_A is not None and (H_A.device, H_A.dtype) == (layer.weight.device, layer.dtype)
-        met = self._watch.data_parallel is None or self._process_group is not None
-        alone = layer in self._memory.used_once and met and self._ranks.size == 1
-        return there and alone and layer not in self._memory.broken and self._is_due(group["k"], group)
 
     @contextlib.contextmanager
     def second_pass(self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
@@ -306,11 +158,6 @@ class TwoPassOptimizer(KroneckerOptimizer):
             if self._accepts(loss, again.loss):
                 self._learn_from(firsts, seen, loss_scale)
 
-    def _is_due(self, k: int, group: Group) -> bool:
-        """Whether step k, counted from 0, is to have a second pass; at first every one has."""
-        gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
-        return k % gap == 0
-
     def _check_losses(self, loss: Tensor | float | None) -> None:
         """Raise RuntimeError, before the second pass, if it needs the loss of the first."""
 
@@ -325,15 +172,42 @@ class TwoPassOptimizer(KroneckerOptimizer):
         rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
         means = self._ranks.means(own, rows, self._layers[0].empty())
         for layers in self._alike([layer for layer in firsts if self.state.get(layer.weight)]):
-            group, states = self._group(layers[0]), [self.state[layer.weight] for layer in layers]
-            known = [firsts[layer] for layer in layers]
-            self._learn_A([first.s for first in known], [first.As for first in known], states, group)
-            moved = [layer for layer in layers if (layer, "h") in means]
+            self._learn_together(layers, firsts, means, loss_scale)
+
+    def _learn_together(
+        self, layers: list[Layer], firsts: Mapping[Layer, First], means: Mapping[Any, Tensor], scale: float
+    ) -> None:
+        """The same for layers that `_alike` puts together; ``means`` are those of the second pass."""
+        group, states = lasting(self._group(layers[0])), [self.state[layer.weight] for layer in layers]
+        moved = [i for i, layer in enumerate(layers) if (layer, "h") in means]
+        factors = [firsts[layers[i]].factor / scale for i in moved]
+
+        def learn(given: Sequence[Tensor]) -> list[Tensor]:
+            steps, *rest = given
+            s, As, h, Dh, h_after, Dh_after = _in_parts(rest, [len(layers)] * 2 + [len(moved)] * 4)
+            self._learn_A(s, As, states, group)
             if moved:
-                h, Dh = ([means[layer, key] for layer in moved] for key in ("h", "Dh"))
-                changed = changes([firsts[layer] for layer in moved], h, Dh, loss_scale)
-                states = [self.state[layer.weight] for layer in moved]
-                self._learn_G(*averaged_pairs(*changed, states, group), states, group)
+                pairs = changes(h, Dh, h_after, Dh_after, factors)
+                own = [states[i] | {"step": steps[i]} for i in moved]
+                self._learn_G(*averaged_pairs(*pairs, own, group), own, group)
+            return []
+
+        steps = torch.stack([state["step"] for state in states])
+        given = [steps.to(layers[0].weight.device, layers[0].dtype, non_blocking=True)]
+        given += [firsts[layer].s for layer in layers] + [firsts[layer].As for layer in layers]
+        given += [firsts[layers[i]].h for i in moved] + [firsts[layers[i]].Dh for i in moved]
+        given += [means[layers[i], key] for key in ("h", "Dh") for i in moved]
+        if self._reads:
+            learn(given)
+            return
+        kept = [x for state in states for x in state.values()]
+        self._graphs.run(
+            ("learn", self._places[layers[0]], layers[0].dtype),
+            learn,
+            given,
+            kept,
+            (layers, group, moved, factors),
+        )
 
     def _alike(self, layers: Sequence[Layer]) -> list[list[Layer]]:
         """Those layers that are in one group, on one device and of one type, which are learnt together."""
@@ -341,3 +215,8 @@ class TwoPassOptimizer(KroneckerOptimizer):
         for layer in layers:
             found.setdefault((self._places[layer], layer.weight.device, layer.dtype), []).append(layer)
         return [*found.values()]
+
+
+def _in_parts(x: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    rest = iter(x)
+    return [[*itertools.islice(rest, size)] for size in sizes]

@@ -163,6 +163,29 @@ def test_no_step_leaves_memory_behind(make):
     assert torch.cuda.memory_allocated() == before
 
 
+def test_what_every_step_asks_for_is_recorded(make):
+    model = odd_cnn().cuda()
+    optimizer = make(model)
+    train(model, optimizer, there(batches((2, 6, 6), 12)))
+    recorded = {name: graph for name, (_, _, graph) in optimizer._graphs._known.items()}
+    assert len(recorded) == 2
+    assert all(recorded.values())
+
+
+def test_a_graph_of_the_users_own_is_left_alone(make):
+    """A step inside a capture records nothing of its own, which would end the user's."""
+    model = odd_cnn().cuda()
+    optimizer = make(model, lr=0.1, damping=1.0)
+    train(model, optimizer, there(batches((2, 6, 6), 12)))
+    known, x = dict(optimizer._graphs._known), torch.ones(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (y,) = optimizer._graphs.run("ours", lambda given: [given[0] + 1], [x], [], None)
+    graph.replay()
+    assert optimizer._graphs._known == known
+    assert y.tolist() == [2.0] * 3
+
+
 def test_a_race(tmp_path):
     done = command("race", *TINY, "--device", "cuda", "--seeds", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

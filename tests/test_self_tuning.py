@@ -370,8 +370,8 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         (layer,) = (layer for layer in optimizer._layers if layer.weight is weight)
         state = {key: value.clone() for key, value in optimizer.state[weight].items()}
         kfqn.closure(model, *data[5], F.cross_entropy)()
-        averaged = 0.9 * state["DW"] + 0.1 * layer.DW()
-        wanted = averaged if settings else 0.9 * averaged + 0.1 * layer.DW()
+        averaged = 0.9 * state["DW"] + 0.1 * layer.DW(layer.gradients())
+        wanted = averaged if settings else 0.9 * averaged + 0.1 * layer.DW(layer.gradients())
         P, before = optimizer._H_G(state, wanted @ state["H_A"]), layer.W()
         train(model, optimizer, data[5:])
         moved = before - layer.W()
