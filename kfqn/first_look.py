@@ -26,7 +26,17 @@ from kfqn.pairs import Early, First
 from kfqn.second_pass import unmoved_buffers
 from kfqn.seen import Seen
 
-_PATIENCE = 10  # steps until the gap between those that are learnt from may grow by one
+_SHARE = 10  # of all steps so far is the gap between those that are learnt from
+
+
+def gap(k: int, interval: int) -> int:
+    """How many steps after k, counted from 0, to the next that is learnt from; at most ``interval``.
+
+    About a tenth of k: a whole number with one digit that counts, because k is to be a multiple of it.
+    """
+    share = max(1, k // _SHARE)
+    digits: int = 10 ** (len(str(share)) - 1)
+    return min(interval, share // digits * digits)
 
 
 class LookingOptimizer(KroneckerOptimizer):
@@ -64,8 +74,7 @@ class LookingOptimizer(KroneckerOptimizer):
 
     def _is_due(self, k: int, group: Group) -> bool:
         """Whether step k, counted from 0, is to have a second pass; at first every one has."""
-        gap: int = min(group["curvature_interval"], max(1, k // _PATIENCE))
-        return k % gap == 0
+        return k % gap(k, group["curvature_interval"]) == 0
 
     def _inputs(self, layer: Layer) -> Inputs:
         """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""

@@ -1,6 +1,7 @@
 """Curvature at every so manyth step only, after a start with more."""
 
 import copy
+import itertools
 
 import oracle
 import pytest
@@ -11,6 +12,7 @@ from test_contract import TWO_PASS, snapshot, train, unchanged
 from test_doors import backward
 
 import kfqn
+from kfqn.first_look import gap
 
 INTERVAL = 3
 LEARNT = [*range(20), *range(20, 30, 2), *range(30, 40, 3)]  # steps with a second pass, of the first 40
@@ -55,6 +57,18 @@ def test_other_steps_take_one_pass_and_look_at_nothing(make):
         learnt = optimizer.state[model[0].weight]["counts"].sum() - before.sum()
         assert (learnt > 0) == (calls[-1] == 2)
     assert [k for k, passes in enumerate(calls) if passes == 2] == LEARNT
+
+
+def test_gaps_grow_to_the_interval_however_long():
+    """None is much more than a tenth of the steps so far, and every tenfold has as many steps learnt from."""
+    for interval in (1, 7, 10, 25, 40, 1000):
+        due = [k for k in range(30_000) if k % gap(k, interval) == 0]
+        gaps = {k: after - k for k, after in itertools.pairwise(due)}
+        assert max(gaps.values()) == interval
+        assert all(length <= max(1, k / 5) for k, length in gaps.items())
+        assert [k for k in due if k < 20] == [*range(20)]
+    tenfolds = [sum(k % gap(k, 10**6) == 0 for k in range(n, 10 * n)) for n in (100, 1000, 10_000)]
+    assert len({*tenfolds}) == 1
 
 
 def test_new_factors_learn_at_every_step_again(make):
