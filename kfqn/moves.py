@@ -11,7 +11,7 @@ from kfqn.layers import Layer
 
 
 class Move(NamedTuple):
-    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, and whether they can be those of a positive H.
+    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, ‖W‖, and whether they can be those of a positive H.
 
     ``size`` is ‖W‖, or a tenth of the norm of a usual initialisation where that is more.
     """
@@ -19,6 +19,7 @@ class Move(NamedTuple):
     P: Tensor
     slope: float
     norm: float
+    norm_W: float
     size: float
     sound: bool
 
@@ -31,7 +32,7 @@ def judged(
     rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
     reach, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
     sound = math.isfinite(slope) and slope >= -rounding and reach < limit
-    return Move(P, slope, norm, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
+    return Move(P, slope, norm, norm_W, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
 
 
 def are_finite(values: Sequence[Tensor], order: float) -> Tensor:

@@ -32,7 +32,7 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        return checked_settings(**resolved(settings, {})) | {"search": None, "usual": ()}
+        return checked_settings(**resolved(settings, {})) | {"search": None, "usual": (), "along": ()}
 
     @abstractmethod
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Steps whose size is found on the way: a step with a second pass is judged, and taken back if bad."""
 
+import itertools
 import math
 import statistics
 from abc import ABC
@@ -14,6 +15,7 @@ from kfqn.factors import LayersSeen
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
+from kfqn.scale_free import LEAST, along, averaged, keep_norms_
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
@@ -38,6 +40,7 @@ class Pending:
     judged: bool = False
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
+    along: list[Tensor] = field(default_factory=list)  # `kfqn.scale_free.along` of every automatic layer
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler and patience make of α
@@ -47,6 +50,7 @@ class Pending:
         self.judged = False
         self.before.clear()
         self.slopes.clear()
+        self.along.clear()
         self.D = self.gone = self.scheduled = self.share = 0.0
 
 
@@ -57,7 +61,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     that all these groups share and keep in ``search``. Their layers move by the same share of their size,
     or by less where P is shorter than it was of late (``usual``): how long the directions of two layers are
     against each other depends on the units of both, and the loss along a step says nothing of it. A state
-    keeps the averaged gradient as ``DW``.
+    keeps the averaged gradient as ``DW``. Of a layer whose scale changes nothing ‖W‖ is kept (``along``).
 
     Of a step that is to be judged the parameters before are kept, and put back to the bit if it is rejected;
     of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
@@ -86,7 +90,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         super().warm_start(batches)
         self._search = Search()
         for group in self._automatic:
-            group["usual"] = ()
+            group["usual"] = group["along"] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -166,8 +170,11 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             if layer.weight in self.state:
                 self.state[layer.weight]["last"][0].zero_()
         super()._update(layers, moves, seen, closure)
+        self._keep_norms({layer: move.norm_W for layer, move in moves.items() if move.sound})
         self._search = stepped(self._search, judged)
-        self._pending.slopes.extend(self._slopes() if judged else [])
+        if judged:
+            self._pending.slopes.extend(self._slopes())
+            self._pending.along.extend(self._along())
 
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """As everywhere; P then is the place where W is kept, should it have to be put back."""
@@ -194,6 +201,33 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                     of_decay.append(decay * torch.linalg.vecdot(W, moved))
         slope, decayed, rest = (torch.stack(terms).sum() for terms in (of_loss, of_decay, of_rest))
         return [slope, slope + decayed, slope + rest]
+
+    def _along(self) -> list[Tensor]:
+        """How much of the gradients is along W, of the automatic layers; NaN of one that did not move."""
+        before, found = self._pending.before, []
+        for layer in itertools.chain(*map(self._layers_of, self._automatic)):
+            gradients = layer.gradients() if layer.weight in before else []
+            unknown = layer.empty().new_full((), math.nan)
+            W = [before[p] for p in layer.parameters()] if gradients else []
+            found.append(along(W, [g.to(w) for g, w in zip(gradients, W, strict=True)]) if W else unknown)
+        return found
+
+    def _note_along(self, found: Sequence[float]) -> None:
+        rest = iter(found)
+        for group in self._automatic:
+            layers = self._layers_of(group)
+            before = group["along"] or (1.0,) * len(layers)
+            group["along"] = tuple(map(averaged, before, itertools.islice(rest, len(layers))))
+
+    def _keep_norms(self, before: Mapping[Layer, float]) -> None:
+        """Put ‖W‖ back to what it was, of layers whose gradients have had nothing along W for long."""
+        averages = [(self._layers_of(group), group["along"]) for group in self._automatic]
+        known = itertools.chain(*(zip(layers, of_group, strict=False) for layers, of_group in averages))
+        free = [layer for layer, average in known if average < LEAST and before.get(layer, 0) > 0]
+        keep_norms_({layer: before[layer] for layer in free})
+
+    def _layers_of(self, group: Group) -> list[Layer]:
+        return [layer for layer in self._layers if self._group(layer) is group]
 
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         scales = super()._scales(moves)
@@ -222,7 +256,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
         usual = {}
         for group in self._automatic:
-            layers = [layer for layer in self._layers if self._group(layer) is group]
+            layers = self._layers_of(group)
             before = group["usual"] or (0.0,) * len(layers)
             for layer, old in zip(layers, before, strict=True):
                 now = moves[layer].norm / moves[layer].size if layer in moves else 0.0
@@ -248,7 +282,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
         before, after = torch.as_tensor(before), torch.as_tensor(after)
-        f0, f1, slope, regularised, of_all = self._mean([before, after, *pending.slopes])
+        f0, f1, slope, regularised, of_all, *of_layers = self._mean(
+            [before, after, *pending.slopes, *pending.along]
+        )
+        self._note_along(of_layers)
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))

@@ -34,6 +34,7 @@ ORDER = [
     "groups",
     "pairs",
     "moves",
+    "scale_free",
     "graphs",
     "factors",
     "update",

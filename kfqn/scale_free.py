@@ -1,0 +1,50 @@
+"""Layers whose scale changes nothing, because their output is normalised: the loss does not see ‖W‖.
+
+Every step makes such a W longer, and steps that are shares of ‖W‖ make it grow without bound, by about a
+percent each time. Running statistics of BatchNorm, averages over steps, then lag behind what they describe,
+and one day W overflows. So ‖W‖ is kept.
+
+The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfqn.layers import Layer
+
+DECAY = 0.9  # of the average, a judged step
+LEAST = 0.05  # below this there is nothing along W, not even by chance
+
+
+def along(W: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """n ⟨W, ∇f⟩² / ‖W‖² ‖∇f‖² of a layer with n weights, (): 1 on average for directions at random."""
+    pairs = zip(W, gradients, strict=True)
+    inner = torch.stack([torch.linalg.vecdot(w.flatten(), g.flatten()) for w, g in pairs]).sum()
+    norms = [torch.stack(torch._foreach_norm([*x])) for x in (W, gradients)]
+    length_W, length_g = (torch.linalg.vector_norm(x) for x in norms)
+    share: Tensor = inner / length_W / length_g
+    return sum(w.numel() for w in W) * share**2
+
+
+def averaged(average: float, found: float) -> float:
+    """With what one batch has shown, at most 1; a gradient that is zero, NaN here, shows nothing."""
+    return DECAY * average + (1 - DECAY) * min(found, 1.0) if found >= 0 else average
+
+
+def keep_norms_(norms: Mapping[Layer, float]) -> None:
+    """Make ‖W‖ of every layer, weight and bias together, this positive number, in place."""
+    alike: dict[Any, list[Layer]] = {}
+    for layer in norms:
+        alike.setdefault((layer.weight.device, layer.dtype, layer.bias is None), []).append(layer)
+    for (_, dtype, _), layers in alike.items():
+        parameters = [layer.parameters() for layer in layers]
+        W = [p for of_layer in parameters for p in of_layer]
+        lengths = torch.stack(torch._foreach_norm(W, 2, dtype)).view(len(layers), -1)
+        now = torch.linalg.vector_norm(lengths, dim=1).clamp(min=torch.finfo(dtype).tiny)
+        scales = [*now.reciprocal().unbind()]
+        torch._foreach_mul_(scales, [norms[layer] for layer in layers])
+        pairs = zip(scales, parameters, strict=True)
+        torch._foreach_mul_(W, [scale.to(p.dtype) for scale, of_layer in pairs for p in of_layer])

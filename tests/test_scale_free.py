@@ -1,0 +1,119 @@
+"""Layers before a normalisation: known by their gradients, and kept from growing with every step."""
+
+import math
+
+import pytest
+import torch
+from cases import AUTOMATIC, VisionTransformer, batches, closure, mlp, odd_cnn, recurrent
+from torch import nn
+
+from kfqn.layers import Layer
+from kfqn.rules import layers_of
+from kfqn.scale_free import DECAY, LEAST, along, averaged, keep_norms_
+
+
+@pytest.fixture(params=AUTOMATIC)
+def make(request):
+    return AUTOMATIC[request.param]
+
+
+def normalised():
+    """Each normalisation once, with and without a bias before it, and a head without; input (2, 6, 6)."""
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.GroupNorm(2, 6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, 10),
+        nn.LayerNorm(10),
+        nn.ReLU(),
+        nn.Linear(10, 3),
+    )
+
+
+def trained(model, make, data, steps):
+    """The optimizer after so many steps, and ‖W‖ of every layer after each."""
+    optimizer, norms = make(model), []
+    for k in range(steps):
+        x, y = data[k % len(data)]
+        optimizer.step(closure(model, optimizer, x, y))
+        norms.append([float(layer.W().detach().norm()) for layer in optimizer._layers])
+    return optimizer, torch.tensor(norms)
+
+
+def free(optimizer):
+    """The names of the layers whose norms are kept."""
+    (group,) = optimizer._automatic
+    return [layer.name for layer, x in zip(optimizer._layers, group["along"], strict=True) if x < LEAST]
+
+
+@pytest.mark.usefixtures("double")
+def test_along_is_what_it_says():
+    W, g = [torch.randn(3, 4), torch.randn(3)], [torch.randn(3, 4), torch.randn(3)]
+    w, v = (torch.cat([x.flatten() for x in part]) for part in (W, g))
+    expected = 15 * (w @ v) ** 2 / (w @ w) / (v @ v)
+    assert float(along(W, g)) == pytest.approx(float(expected))
+    assert math.isnan(along(W, [torch.zeros_like(x) for x in W]))
+    assert averaged(0.5, math.nan) == 0.5
+    assert averaged(0.5, 0.0) == DECAY * 0.5
+    assert averaged(0.5, 1e9) == DECAY * 0.5 + (1 - DECAY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_norms_are_put_back(dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5, bias=False), nn.Linear(5, 5)).to(dtype)
+    layers = layers_of(model)
+    before = {layer: 2.0 + i for i, layer in enumerate(layers)}
+    directions = [layer.W() / layer.W().norm() for layer in layers]
+    with torch.no_grad():
+        keep_norms_(before)
+    for (layer, norm), direction in zip(before.items(), directions, strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps * norm
+        torch.testing.assert_close(layer.W(), norm * direction, rtol=0, atol=tolerance)
+
+
+def test_layers_before_a_normalisation_keep_their_norms(make):
+    torch.manual_seed(0)
+    optimizer, norms = trained(normalised(), make, batches((2, 6, 6), 8), 60)
+    assert free(optimizer) == ["0", "3", "7"]
+    later = norms[45:]
+    torch.testing.assert_close(later[:, :3], later[:1, :3].expand_as(later[:, :3]), rtol=1e-5, atol=0)
+    assert (later[1:, 3] != later[:-1, 3]).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(mlp, (5,)), (odd_cnn, (2, 6, 6)), (recurrent, (2, 6, 6)), (VisionTransformer, (1, 8, 8))],
+    ids=["perceptron", "odd", "recurrent", "transformer"],
+)
+def test_other_layers_are_not_taken_for_them(make, build, shape):
+    least = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, data = build(), batches(shape, 8)
+        optimizer = make(model)
+        for k in range(60):
+            optimizer.step(closure(model, optimizer, *data[k % 8]))
+            least += optimizer._automatic[0]["along"]
+    assert min(least) > 2 * LEAST
+
+
+def test_steps_in_noise_do_not_make_them_grow(make):
+    """Before, such a W became ten times as long in 300 steps."""
+    torch.manual_seed(0)
+    model, noise = normalised(), batches((2, 6, 6), 300)
+    first = [float(layer.W().detach().norm()) for layer in layers_of(model)]
+    _, norms = trained(model, make, noise, 300)
+    assert all(norm < 2 * start for norm, start in zip(norms[-1, :3].tolist(), first, strict=False))
+
+
+def test_a_norm_of_zero_stays_what_it_is():
+    (layer,) = layers_of(nn.Linear(3, 2))
+    assert isinstance(layer, Layer)
+    with torch.no_grad():
+        layer.set_(torch.zeros_like(layer.W()))
+        keep_norms_({layer: 1.0})
+    assert not layer.W().any()
