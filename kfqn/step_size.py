@@ -38,7 +38,7 @@ ALONE = 0.4  # times the noise and the layers may a step gain on its own batch a
 RECENT = 0.8  # decay, a judged step, of what is known of that
 LEAST_LEFT = 0.1  # of a step, however much it gains alone; the next may be a tenth of that
 PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
-PROGRESS = 4.0  # times the noise, to speak of
+PROGRESS = 1.0  # times the noise, to speak of
 CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
 LEAST = 0.01  # of the steps that the losses ask for is always taken
 FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
@@ -209,8 +209,9 @@ def _patient(search: Search, loss: float) -> Search:
     Without progress to speak of nothing is halved: neither on a first plateau, nor where it did not pay.
     """
     n, progress = search.losses - PATIENCE, search.start - search.lowest
-    if n <= 0:  # the first losses may be far off
-        return search._replace(trend=search.loss, start=search.loss, lowest=search.loss)
+    if n <= PATIENCE:  # the first losses may be far off, and one alone says little
+        trend = search.trend + (loss - search.trend) / max(1, n)
+        return search._replace(trend=trend, start=trend, lowest=trend)
     patience = math.inf
     if progress > PROGRESS * search.noise:
         patience = max(PATIENCE, (CERTAINTY * search.noise * n / progress) ** (2 / 3))

@@ -179,13 +179,22 @@ def test_steps_are_halved_where_the_loss_is_only_noise_and_not_before(c, shift):
 def test_steps_are_halved_as_often_as_it_pays():
     """A loss that comes down to a level set by the size of the steps, as in a bowl with noise."""
     search, f, left = Search(rate=1.0), 8.0, []
-    for e in noise(8000):
+    for e in noise(16_000):
         f += (search.left * 4.0 - f) / 50
-        search = with_loss(search, f + 0.01 * e)
+        search = with_loss(search, f + 0.05 * e)
         left.append(search.left)
     assert sorted(left, reverse=True) == left
     assert left[-1] == 1 / 64  # another would gain no more than noise
     assert f < 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_are_halved_though_single_batches_tell_little(seed):
+    """All that was gained is twice the noise of a loss: a residual network with BatchNorm, in batches of 32."""
+    losses = [1.66 + 0.45 * math.exp(-n / 200) + 0.17 * e for n, e in enumerate(noise(3000, seed))]
+    left = left_by(losses)
+    assert set(left[:400]) == {1.0}
+    assert 400 < left.index(0.5) < 2000
 
 
 @pytest.mark.parametrize("seed", range(5))
