@@ -26,7 +26,7 @@ from kfqn.pairs import Early, First
 from kfqn.second_pass import unmoved_buffers
 from kfqn.seen import Seen
 
-_SHARE = 10  # of all steps so far is the gap between those that are learnt from
+_PART = 10  # the gap between steps that are learnt from is so manyth a part of those so far
 
 
 def gap(k: int, interval: int) -> int:
@@ -34,7 +34,7 @@ def gap(k: int, interval: int) -> int:
 
     About a tenth of k: a whole number with one digit that counts, because k is to be a multiple of it.
     """
-    share = max(1, k // _SHARE)
+    share = max(1, k // _PART)
     digits: int = 10 ** (len(str(share)) - 1)
     return min(interval, share // digits * digits)
 

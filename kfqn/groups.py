@@ -17,7 +17,17 @@ State = dict[str, Tensor]
 Group = dict[str, Any]
 Others = Callable[[list[Any]], torch.optim.Optimizer]
 
-_PASSING = ("params", "lr", "k", "refused", "search", "usual", "along", "drawn")  # differ from step to step
+_PASSING = (
+    "params",
+    "lr",
+    "k",
+    "refused",
+    "search",
+    "usual",
+    "along",
+    "norms",
+    "drawn",
+)  # differ from step to step
 NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
 
 

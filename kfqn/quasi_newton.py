@@ -32,7 +32,12 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        return checked_settings(**resolved(settings, {})) | {"search": None, "usual": (), "along": ()}
+        return checked_settings(**resolved(settings, {})) | {
+            "search": None,
+            "usual": (),
+            "along": (),
+            "norms": (),
+        }
 
     @abstractmethod
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
@@ -156,10 +161,11 @@ class KFBFGS(KFQN):
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
             (`kfqn.step_size`), with all layers moving by one share of their size, at most 0.6 over their
             number, and a step that was bad is taken back; steps are halved where the loss of batches comes no
-            lower for long. ``lr`` in the group is then a factor, for
-            schedulers; what is found is ``diagnostics()[""]["rate"]``. A number is the paper's method, with
-            ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the damping and
-            lie far above those of SGD, and too large a one ends in NaN.
+            lower for long, and layers in front of a normalisation keep their norms (`kfqn.scale_free`).
+            ``lr`` in the group is then a factor, for schedulers; what is found is
+            ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
+            ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD, and
+            too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A and λ_G relative to each
             layer's A and to the curvature that it meets (`kfqn.damping`), with ``damping`` in the group as a
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
@@ -169,13 +175,14 @@ class KFBFGS(KFQN):
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
-            of an automatic rate by the share of their size that layers move × ``weight_decay``.
+            of an automatic rate by the share of their size that layers move × ``weight_decay``, and layers
+            whose norm is kept not at all.
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/results.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
-            gaps that grow by one every ten steps. 1 is the paper's method to the letter; 10 costs little
+            gaps of about a tenth of the steps so far. 1 is the paper's method to the letter; 10 costs little
             more than one pass a step and ends no worse where both were raced (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;

@@ -16,7 +16,7 @@ from torch import Tensor
 from kfqn.layers import Layer
 
 DECAY = 0.9  # of the average, a judged step
-LEAST = 0.05  # below this there is nothing along W, not even by chance
+NOTHING = 0.05  # below this there is nothing along W, not even by chance
 
 
 def along(W: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -43,8 +43,8 @@ def keep_norms_(norms: Mapping[Layer, float]) -> None:
         parameters = [layer.parameters() for layer in layers]
         W = [p for of_layer in parameters for p in of_layer]
         lengths = torch.stack(torch._foreach_norm(W, 2, dtype)).view(len(layers), -1)
-        now = torch.linalg.vector_norm(lengths, dim=1).clamp(min=torch.finfo(dtype).tiny)
-        scales = [*now.reciprocal().unbind()]
+        now = torch.linalg.vector_norm(lengths, dim=1)
+        scales = [*torch.where(now > 0, now.reciprocal(), 0.0).unbind()]
         torch._foreach_mul_(scales, [norms[layer] for layer in layers])
         pairs = zip(scales, parameters, strict=True)
         torch._foreach_mul_(W, [scale.to(p.dtype) for scale, of_layer in pairs for p in of_layer])

@@ -15,7 +15,7 @@ from kfqn.factors import LayersSeen
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
-from kfqn.scale_free import LEAST, along, averaged, keep_norms_
+from kfqn.scale_free import NOTHING, along, averaged, keep_norms_
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
@@ -61,7 +61,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     that all these groups share and keep in ``search``. Their layers move by the same share of their size,
     or by less where P is shorter than it was of late (``usual``): how long the directions of two layers are
     against each other depends on the units of both, and the loss along a step says nothing of it. A state
-    keeps the averaged gradient as ``DW``. Of a layer whose scale changes nothing ‖W‖ is kept (``along``).
+    keeps the averaged gradient as ``DW``. Of a layer whose scale changes nothing (``along``) ‖W‖
+    is kept (``norms``).
 
     Of a step that is to be judged the parameters before are kept, and put back to the bit if it is rejected;
     of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
@@ -90,7 +91,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         super().warm_start(batches)
         self._search = Search()
         for group in self._automatic:
-            group["usual"] = group["along"] = ()
+            group["usual"] = group["along"] = group["norms"] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -220,11 +221,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             group["along"] = tuple(map(averaged, before, itertools.islice(rest, len(layers))))
 
     def _keep_norms(self, before: Mapping[Layer, float]) -> None:
-        """Put ‖W‖ back to what it was, of layers whose gradients have had nothing along W for long."""
-        averages = [(self._layers_of(group), group["along"]) for group in self._automatic]
-        known = itertools.chain(*(zip(layers, of_group, strict=False) for layers, of_group in averages))
-        free = [layer for layer, average in known if average < LEAST and before.get(layer, 0) > 0]
-        keep_norms_({layer: before[layer] for layer in free})
+        """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W."""
+        kept: dict[Layer, float] = {}
+        for group in self._automatic:
+            layers, found = self._layers_of(group), []
+            averages = group["along"] or (1.0,) * len(layers)
+            norms = group["norms"] or (0.0,) * len(layers)
+            for layer, average, norm in zip(layers, averages, norms, strict=True):
+                found.append((norm or before.get(layer, 0.0)) if average < NOTHING else 0.0)
+                if found[-1] and layer in before:
+                    kept[layer] = found[-1]
+            group["norms"] = tuple(found)
+        keep_norms_(kept)
 
     def _layers_of(self, group: Group) -> list[Layer]:
         return [layer for layer in self._layers if self._group(layer) is group]

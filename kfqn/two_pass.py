@@ -156,7 +156,7 @@ class TwoPassOptimizer(LookingOptimizer):
             )
         with torch.no_grad(), self._full_precision():
             if self._accepts(loss, again.loss):
-                self._learn_from(firsts, seen, loss_scale)
+                self._learn_from(firsts, seen, float(loss_scale))
 
     def _check_losses(self, loss: Tensor | float | None) -> None:
         """Raise RuntimeError, before the second pass, if it needs the loss of the first."""
@@ -185,10 +185,10 @@ class TwoPassOptimizer(LookingOptimizer):
         def learn(given: Sequence[Tensor]) -> list[Tensor]:
             steps, *rest = given
             s, As, h, Dh, h_after, Dh_after = _in_parts(rest, [len(layers)] * 2 + [len(moved)] * 4)
-            self._learn_A(s, As, states, group)
+            there = [state | {"step": step} for state, step in zip(states, steps, strict=True)]
+            self._learn_A(s, As, there, group)
             if moved:
-                pairs = changes(h, Dh, h_after, Dh_after, factors)
-                own = [states[i] | {"step": steps[i]} for i in moved]
+                pairs, own = changes(h, Dh, h_after, Dh_after, factors), [there[i] for i in moved]
                 self._learn_G(*averaged_pairs(*pairs, own, group), own, group)
             return []
 
@@ -202,7 +202,7 @@ class TwoPassOptimizer(LookingOptimizer):
             return
         kept = [x for state in states for x in state.values()]
         self._graphs.run(
-            ("learn", self._places[layers[0]], layers[0].dtype),
+            ("learn", self._places[layers[0]], layers[0].dtype, layers[0].weight.device),
             learn,
             given,
             kept,

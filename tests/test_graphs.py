@@ -7,6 +7,7 @@ import torch
 from cases import AUTOMATIC, batches, grouped, odd_cnn, recurrent
 from test_contract import OPTIMIZERS, train
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from kfqn import graphs
 
@@ -18,14 +19,26 @@ NETS = {
 METHODS = OPTIMIZERS | {f"{name}, automatic": make for name, make in AUTOMATIC.items()}
 
 
-class NothingIsRead(TorchDispatchMode):
+class Log(TorchDispatchMode):
+    """What was done to which tensors, with which numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ != "_local_scalar_dense"
-        return func(*args, **(kwargs or {}))
+        assert func.overloadpacket.__name__ != "_local_scalar_dense", "read back to the host"
+        results = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, results))
+        return results
+
+
+def tensors(x):
+    return [y for y in tree_flatten(x)[0] if isinstance(y, torch.Tensor)]
 
 
 class Repeated:
-    """As `graphs.Graph`: what was recorded once, with tensors that stay, and results that do."""
+    """As `graphs.Graph`: a call is logged, and later ones do the same to the same tensors, without Python."""
 
     used = 0
 
@@ -36,12 +49,15 @@ class Repeated:
         Repeated.used += 1
         for kept, x in zip(self.given, given, strict=True):
             kept.copy_(x)
-        with NothingIsRead():
-            results = self.function(self.given)
         if self.results is None:
-            self.results = [x.clone() for x in results]
-        for kept, x in zip(self.results, results, strict=True):
-            kept.copy_(x)
+            with Log() as log:
+                self.results = self.function(self.given)
+            self.calls = log.calls
+            return self.results
+        for func, args, kwargs, recorded in self.calls:
+            for kept, x in zip(tensors(recorded), tensors(func(*args, **kwargs)), strict=True):
+                if kept.data_ptr() != x.data_ptr():
+                    kept.copy_(x)
         return self.results
 
 
@@ -86,3 +102,33 @@ def test_repeated_steps_are_the_same_steps(method, net, request):
     assert Repeated.used >= 10
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_products_may_be_set_to_tf32_in_the_newer_way(repeating):
+    settings, model = torch.backends.cuda.matmul, odd_cnn()
+    optimizer, before = AUTOMATIC["KFBFGS"](model), settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        train(model, optimizer, batches((2, 6, 6), 6))
+    finally:
+        settings.fp32_precision = before
+    assert Repeated.used
+
+
+def test_what_cannot_be_recorded_is_done_without(repeating, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no memory for a graph")
+
+    monkeypatch.setattr(graphs, "Graph", refuse)
+    model = odd_cnn()
+    optimizer = AUTOMATIC["KFBFGS"](model)
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs, because one could not be recorded: no mem"):
+        train(model, optimizer, batches((2, 6, 6), 12))
+
+
+def test_what_changes_ever_again_is_not_recorded_ever_again(repeating):
+    known, recordings = graphs.Graphs(), []
+    for k in range(400):
+        known.run("name", lambda given: [given[0] + 1], [torch.ones(2)], [], k // 10)
+        recordings.append(known._known["name"].recordings)
+    assert recordings[-1] == 10

@@ -190,7 +190,7 @@ def test_steps_are_halved_as_often_as_it_pays():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_are_halved_though_single_batches_tell_little(seed):
-    """All that was gained is twice the noise of a loss: a residual network with BatchNorm, in batches of 32."""
+    """What was gained is twice the noise of a loss: a residual network with BatchNorm, batches of 32."""
     losses = [1.66 + 0.45 * math.exp(-n / 200) + 0.17 * e for n, e in enumerate(noise(3000, seed))]
     left = left_by(losses)
     assert set(left[:400]) == {1.0}
