@@ -1,0 +1,175 @@
+"""Networks that no race has: KF-BFGS without settings beside torch's optimizers, SOAP and Muon.
+
+    python benchmarks/other_networks.py --data-dir DIR [--networks residual plain …] [--seeds 1]
+
+2,560 images of CIFAR-10, augmented as in the race, no weight decay, one thread, few rates of each. A line is
+a run: the loss in evaluation at the end, the same with BatchNorm's statistics found anew, the test error, CPU
+seconds, and the mean loss of every third epoch's batches.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kfqn
+from kfqn.race import peers
+from kfqn.race.data import Dataset
+from kfqn.race.problems import PROBLEMS
+
+IMAGES = 2560
+RATES: dict[str, tuple[float, ...]] = {
+    "kfbfgs": (0.0,),
+    "adam": (0.001, 0.003),
+    "sgd": (0.03, 0.1),
+    "soap": (0.003, 0.01),
+    "muon": (0.02,),
+}
+
+
+class Residual(nn.Module):
+    """Two convolutions beside the identity, or a convolution of 1 × 1 where the size changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            *convolution(inputs, outputs, stride),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.identity = nn.Sequential()
+        if inputs != outputs:
+            self.identity.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.identity.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.residual(x) + self.identity(x))
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    filters = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return [filters, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def residual() -> nn.Module:
+    first = convolution(3, 8)
+    blocks = [Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2)]
+    return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def plain() -> nn.Module:
+    layers: list[nn.Module] = []
+    for i in range(10):
+        layers += [nn.Conv2d(12 if i else 3, 12, 3, 2 if i in (2, 5) else 1, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10))
+
+
+def autoencoder() -> nn.Module:
+    down = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    code = [nn.Linear(1024, 32), nn.Linear(32, 1024), nn.ReLU(), nn.Unflatten(1, (16, 8, 8))]
+    up = [nn.Upsample(scale_factor=2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*down, *code, *up, nn.Upsample(scale_factor=2), nn.Conv2d(16, 3, 3, padding=1))
+
+
+def perceptron() -> nn.Module:
+    hidden = [nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the batch
+    "residual": (residual, 128),
+    "residual, batches of 32": (residual, 32),
+    "plain": (plain, 128),
+    "autoencoder": (autoencoder, 128),
+    "perceptron": (perceptron, 128),
+}
+
+
+def optimizer_of(name: str, rate: float, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "kfbfgs":
+        return kfqn.KFBFGS(model)
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=rate)
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    if name == "soap":
+        return peers.soap(model, {"lr": rate, "beta": 0.9}, 0.0)
+    return peers.muon(model, {"lr": rate, "adam": 0.003}, 0.0)
+
+
+def loss_of(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target) if target.ndim > 1 else F.cross_entropy(output, target)
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, data: Dataset, reconstruct: bool) -> tuple[float, float]:
+    """The training loss and the test error."""
+    model.eval()
+    loss = wrong = 0.0
+    for x, y in data.in_order(data.train):
+        loss += loss_of(model(x), x if reconstruct else y).item() * len(x) / len(data.train)
+    test = data.test.first(IMAGES)
+    for x, y in data.in_order(test):
+        wrong += 0 if reconstruct else (model(x).argmax(1) != y).sum().item() / len(test)
+    return loss, wrong
+
+
+@torch.no_grad()
+def find_statistics_anew(model: nn.Module, data: Dataset, batch: int, generator: torch.Generator) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()
+    for x, _ in data.training_batches(batch, generator):
+        model(x)
+
+
+def run(network: str, name: str, rate: float, seed: int, epochs: int, data: Dataset) -> None:
+    build, batch = NETWORKS[network]
+    reconstruct = network == "autoencoder"
+    torch.manual_seed(seed)
+    model, generator = build(), torch.Generator().manual_seed(seed)
+    optimizer, means, start = optimizer_of(name, rate, model), [], time.process_time()
+    for _ in range(epochs):
+        model.train()
+        losses = []
+        for x, y in data.training_batches(batch, generator):
+            step = kfqn.closure(model, x, x if reconstruct else y, loss_of)
+            loss = optimizer.step(step)  # type: ignore[arg-type]
+            losses.append(torch.as_tensor(loss).item())
+        means.append(sum(losses) / len(losses))
+    seconds = time.process_time() - start
+    at_the_end, wrong = evaluated(model, data, reconstruct)
+    find_statistics_anew(model, data, batch, generator)
+    anew, _ = evaluated(model, data, reconstruct)
+    label = f"{name} {rate:g}" if rate else name
+    course = " ".join(f"{mean:.3f}" for mean in means[2::3])
+    found = f"{at_the_end:>9.3f}{anew:>9.3f}"
+    print(f"  {label:<12} seed {seed}{found}{100 * wrong:>7.1f} %{seconds:>7.1f} s   {course}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--optimizers", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = PROBLEMS["cifar10-allcnn"].data(options.data_dir).to(torch.device("cpu"), IMAGES)
+    for network in options.networks:
+        print(f"\n{network}{'':<12}loss, with new statistics, test error", flush=True)
+        for seed in range(options.seeds):
+            for name in options.optimizers:
+                for rate in RATES[name]:
+                    run(network, name, rate, seed, options.epochs, data)
+
+
+if __name__ == "__main__":
+    main()
