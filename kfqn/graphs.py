@@ -95,9 +95,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _precision() -> tuple[Any, ...]:
     """What products are done in, also by a graph that is recorded now."""
-    if hasattr(
-        torch.backends, "fp32_precision"
-    ):  # since torch 2.9; with it the other question may be an error
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9, where the other question may be an error
         return torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     return (torch.get_float32_matmul_precision(),)
 

@@ -32,12 +32,8 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        return checked_settings(**resolved(settings, {})) | {
-            "search": None,
-            "usual": (),
-            "along": (),
-            "norms": (),
-        }
+        of_the_search = {"search": None, "usual": (), "along": (), "norms": ()}
+        return checked_settings(**resolved(settings, {})) | of_the_search
 
     @abstractmethod
     def _shapes_G(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:

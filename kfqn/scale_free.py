@@ -7,11 +7,11 @@ and one day W overflows. So ‖W‖ is kept.
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kfqn.layers import Layer
 
@@ -19,14 +19,13 @@ DECAY = 0.9  # of the average, a judged step
 NOTHING = 0.05  # below this there is nothing along W, not even by chance
 
 
-def along(W: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """n ⟨W, ∇f⟩² / ‖W‖² ‖∇f‖² of a layer with n weights, (): 1 on average for directions at random."""
-    pairs = zip(W, gradients, strict=True)
-    inner = torch.stack([torch.linalg.vecdot(w.flatten(), g.flatten()) for w, g in pairs]).sum()
-    norms = [torch.stack(torch._foreach_norm([*x])) for x in (W, gradients)]
-    length_W, length_g = (torch.linalg.vector_norm(x) for x in norms)
-    share: Tensor = inner / length_W / length_g
-    return sum(w.numel() for w in W) * share**2
+def along(n: int, inner: float, norm_W: float, norm: float) -> float:
+    """n ⟨W, ∇f⟩² / ‖W‖² ‖∇f‖² of a layer with n weights: 1 on average for directions at random.
+
+    NaN where W or ∇f is zero, or not known.
+    """
+    lengths = norm_W * norm
+    return n * (inner / lengths) ** 2 if lengths > 0 else math.nan
 
 
 def averaged(average: float, found: float) -> float:

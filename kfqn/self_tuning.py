@@ -40,7 +40,8 @@ class Pending:
     judged: bool = False
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
-    along: list[Tensor] = field(default_factory=list)  # `kfqn.scale_free.along` of every automatic layer
+    norms: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
+    towards_W: list[Tensor] = field(default_factory=list)  # gradients, as `_towards_W` says
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler and patience make of α
@@ -50,7 +51,8 @@ class Pending:
         self.judged = False
         self.before.clear()
         self.slopes.clear()
-        self.along.clear()
+        self.norms.clear()
+        self.towards_W.clear()
         self.D = self.gone = self.scheduled = self.share = 0.0
 
 
@@ -171,11 +173,13 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             if layer.weight in self.state:
                 self.state[layer.weight]["last"][0].zero_()
         super()._update(layers, moves, seen, closure)
-        self._keep_norms({layer: move.norm_W for layer, move in moves.items() if move.sound})
+        norms = {layer: move.norm_W for layer, move in moves.items() if move.sound}
+        self._keep_norms(norms)
         self._search = stepped(self._search, judged)
         if judged:
             self._pending.slopes.extend(self._slopes())
-            self._pending.along.extend(self._along())
+            self._pending.norms.update(norms)
+            self._pending.towards_W.extend(self._towards_W())
 
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """As everywhere; P then is the place where W is kept, should it have to be put back."""
@@ -203,22 +207,33 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         slope, decayed, rest = (torch.stack(terms).sum() for terms in (of_loss, of_decay, of_rest))
         return [slope, slope + decayed, slope + rest]
 
-    def _along(self) -> list[Tensor]:
-        """How much of the gradients is along W, of the automatic layers; NaN of one that did not move."""
-        before, found = self._pending.before, []
-        for layer in itertools.chain(*map(self._layers_of, self._automatic)):
-            gradients = layer.gradients() if layer.weight in before else []
-            unknown = layer.empty().new_full((), math.nan)
-            W = [before[p] for p in layer.parameters()] if gradients else []
-            found.append(along(W, [g.to(w) for g, w in zip(gradients, W, strict=True)]) if W else unknown)
-        return found
+    def _towards_W(self) -> list[Tensor]:
+        """⟨W, ∇f⟩ of every automatic parameter, and then ‖∇f‖ of every one; NaN of one that did not move."""
+        like, before = self._layers[0].empty(), self._pending.before
+        parameters = [p for group in self._automatic for p in group["params"]]
+        moved = {p: p.grad for p in parameters if p in before and p.grad is not None}
+        norms = torch._foreach_norm([*moved.values()], 2, like.dtype) if moved else ()
+        length, unknown = dict(zip(moved, norms, strict=True)), like.new_full((), math.nan)
+        inner = {
+            p: torch.linalg.vecdot(before[p].flatten().to(like), gradient.flatten().to(like))
+            for p, gradient in moved.items()
+        }
+        return [of.get(p, unknown) for of in (inner, length) for p in parameters]
 
     def _note_along(self, found: Sequence[float]) -> None:
-        rest = iter(found)
+        """Take in `_towards_W`, as numbers."""
+        inner, length = iter(found[: len(found) // 2]), iter(found[len(found) // 2 :])
         for group in self._automatic:
             layers = self._layers_of(group)
-            before = group["along"] or (1.0,) * len(layers)
-            group["along"] = tuple(map(averaged, before, itertools.islice(rest, len(layers))))
+            before, now = group["along"] or (1.0,) * len(layers), []
+            for layer in layers:
+                n, count = sum(p.numel() for p in layer.parameters()), len(layer.parameters())
+                towards_W, norm = (
+                    sum(itertools.islice(inner, count)),
+                    math.hypot(*itertools.islice(length, count)),
+                )
+                now.append(along(n, towards_W, self._pending.norms.get(layer, 0.0), norm))
+            group["along"] = tuple(map(averaged, before, now))
 
     def _keep_norms(self, before: Mapping[Layer, float]) -> None:
         """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W."""
@@ -290,10 +305,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
         before, after = torch.as_tensor(before), torch.as_tensor(after)
-        f0, f1, slope, regularised, of_all, *of_layers = self._mean(
-            [before, after, *pending.slopes, *pending.along]
+        f0, f1, slope, regularised, of_all, *towards_W = self._mean(
+            [before, after, *pending.slopes, *pending.towards_W]
         )
-        self._note_along(of_layers)
+        self._note_along(towards_W)
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))

@@ -99,21 +99,23 @@ class UpdatingOptimizer(FactoredOptimizer):
         gradients = [layer.gradients() for layer in layers]
 
         def of(given: Sequence[Tensor]) -> list[Tensor]:
-            found, rest = [], iter(given)
+            results, rest = [], iter(given)
             for layer, state, own in zip(layers, states, gradients, strict=True):
                 group = groups[self._places[layer]]
                 DW = (average or self._average)(layer, [*itertools.islice(rest, len(own))], state, group)
                 P = self._direction(DW, layer, state, group)
                 norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-                found += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
-            return found
+                results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+            return results
 
         given = [*itertools.chain(*gradients)]
         with self._full_precision():
-            kept = [x for layer in layers for x in layer.parameters()]
-            kept += [x for state in states for x in state.values()]
-            often = average is None
-            found = self._graphs.run("directions", of, given, kept, (layers, groups)) if often else of(given)
+            if average is not None:  # a rare step back
+                found: Sequence[Tensor] = of(given)
+            else:
+                kept = [x for layer in layers for x in layer.parameters()]
+                kept += [x for state in states for x in state.values()]
+                found = self._graphs.run("directions", of, given, kept, (layers, groups))
         return zip(layers, found[::2], found[1::2], strict=True)
 
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:

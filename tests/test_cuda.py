@@ -6,20 +6,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, VisionTransformer, batches, closure, grouped, odd_cnn, recurrent, separable_net
+from cases import AUTOMATIC, VisionTransformer, batches, closure, odd_cnn, separable_net
 from lab import TINY
 from lab import kfqn as command
-from test_contract import OPTIMIZERS, train
+from test_contract import train
+from test_graphs import METHODS, NETS
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-NETS = {
-    "odd": (odd_cnn, (2, 6, 6)),
-    "grouped": (grouped, (4, 5, 5)),
-    "recurrent": (recurrent, (2, 6, 6)),
-}
-AUTOMATIC_AND_NOT = OPTIMIZERS | {f"{name}, automatic": make for name, make in AUTOMATIC.items()}
 
 
 def there(data):
@@ -33,13 +27,13 @@ def make(request):
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", AUTOMATIC_AND_NOT)
+@pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_the_cpu(method, net):
     """KFAC draws its targets on the device, so only its first pair of factors can differ: not compared."""
     build, shape = NETS[net]
     model, data = build(), batches(shape, 12)
     twin = copy.deepcopy(model).cuda()
-    optimizer, theirs = (AUTOMATIC_AND_NOT[method](m) for m in (model, twin))
+    optimizer, theirs = (METHODS[method](m) for m in (model, twin))
     losses, on_the_gpu = train(model, optimizer, data), train(twin, theirs, there(data))
     if "KFAC" in method:
         assert all(loss.isfinite() for loss in on_the_gpu)

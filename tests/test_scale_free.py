@@ -53,11 +53,12 @@ def free(optimizer):
 
 @pytest.mark.usefixtures("double")
 def test_along_is_what_it_says():
-    W, g = [torch.randn(3, 4), torch.randn(3)], [torch.randn(3, 4), torch.randn(3)]
-    w, v = (torch.cat([x.flatten() for x in part]) for part in (W, g))
-    expected = 15 * (w @ v) ** 2 / (w @ w) / (v @ v)
-    assert float(along(W, g)) == pytest.approx(float(expected))
-    assert math.isnan(along(W, [torch.zeros_like(x) for x in W]))
+    w, v = torch.randn(15), torch.randn(15)
+    expected = 15 * torch.cosine_similarity(w, v, dim=0) ** 2
+    assert along(15, float(w @ v), float(w.norm()), float(v.norm())) == pytest.approx(float(expected))
+    assert math.isnan(along(15, 0.0, 1.0, 0.0))
+    assert math.isnan(along(15, 0.0, 0.0, 1.0))
+    assert math.isnan(along(15, math.nan, 1.0, math.nan))
     assert averaged(0.5, math.nan) == 0.5
     assert averaged(0.5, 0.0) == DECAY * 0.5
     assert averaged(0.5, 1e9) == DECAY * 0.5 + (1 - DECAY)
