@@ -9,11 +9,11 @@ seconds, and the mean loss of every third epoch's batches.
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from networks import NETWORKS
 from torch import Tensor, nn
 
 import kfqn
@@ -28,64 +28,6 @@ RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.03, 0.1),
     "soap": (0.003, 0.01),
     "muon": (0.02,),
-}
-
-
-class Residual(nn.Module):
-    """Two convolutions beside the identity, or a convolution of 1 × 1 where the size changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.residual = nn.Sequential(
-            *convolution(inputs, outputs, stride),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.identity = nn.Sequential()
-        if inputs != outputs:
-            self.identity.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
-            self.identity.append(nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual(x) + self.identity(x))
-
-
-def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    filters = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return [filters, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-
-def residual() -> nn.Module:
-    first = convolution(3, 8)
-    blocks = [Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2)]
-    return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-
-def plain() -> nn.Module:
-    layers: list[nn.Module] = []
-    for i in range(10):
-        layers += [nn.Conv2d(12 if i else 3, 12, 3, 2 if i in (2, 5) else 1, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10))
-
-
-def autoencoder() -> nn.Module:
-    down = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Flatten()]
-    code = [nn.Linear(1024, 32), nn.Linear(32, 1024), nn.ReLU(), nn.Unflatten(1, (16, 8, 8))]
-    up = [nn.Upsample(scale_factor=2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*down, *code, *up, nn.Upsample(scale_factor=2), nn.Conv2d(16, 3, 3, padding=1))
-
-
-def perceptron() -> nn.Module:
-    hidden = [nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10))
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the batch
-    "residual": (residual, 128),
-    "residual, batches of 32": (residual, 32),
-    "plain": (plain, 128),
-    "autoencoder": (autoencoder, 128),
-    "perceptron": (perceptron, 128),
 }
 
 

@@ -24,7 +24,7 @@ from kfqn.step_size import (
     Trial,
     far_above,
     judged,
-    left_by_noise,
+    left_by_gain,
     stepped,
     undone,
     with_loss,
@@ -269,7 +269,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         scheduled = sum(
             even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
         )
-        left *= left_by_noise(search, search.rate * left * scheduled, len(own))
+        left *= left_by_gain(search, search.rate * left * scheduled)
         pending, rate = self._pending, search.rate * left
         pending.share, pending.D = left * reach, D
         pending.gone, pending.scheduled = rate * D, rate * scheduled

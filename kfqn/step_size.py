@@ -5,9 +5,9 @@ and the curvature c = 2 (f₁ − f₀ − ⟨∇f, ΔW⟩) / ρ². Both are div
 the averaged gradient in the metric H, so that they stay of one order while the loss falls, and averaged
 over steps. The parabola of the averages is lowest at ρ = ā / c̄.
 
-A batch judges the step that was made for it too well, the more so the fewer data it has for the weights. By
-how much the next judged batch's loss lies above its own, after the step, is what it has gained alone; steps
-are kept so small that this stays within some times the noise, the difference of losses from batch to batch.
+A batch judges the step that was made for it too well, the more so the fewer data it has for the weights: what
+it gains beyond the rest is noise that the weights take up. Steps are kept so small that a batch gains no more
+by its own step than all batches have gained in some steps of late.
 
 Where the loss comes no lower any more, what is left are steps about in the noise of batches: they are halved.
 
@@ -34,9 +34,12 @@ USUAL = 5  # losses until that is known
 TRUSTED = 0.3  # share of their sizes, all added up, that layers move as far as the parabola says
 LARGEST = 0.6  # and that they never move by more than
 FIRST = 0.2  # of what is trusted is the first step
-ALONE = 0.4  # times the noise and the layers may a step gain on its own batch alone, about
-RECENT = 0.8  # decay, a judged step, of what is known of that
-LEAST_LEFT = 0.1  # of a step, however much it gains alone; the next may be a tenth of that
+GAIN = 20  # a step may lower its own batch's loss by what losses come down in so many steps,
+GAIN_LATER = 0.1  # and in this share of the steps so far,
+GAIN_IN_NOISE = 0.5  # or by so many times the noise, if that is more
+RECENT = 0.8  # decay, a judged step, of what steps gain
+LEAST_LEFT = 0.1  # of a step, however much it gains; the next may be a tenth of that
+OLDER, NEWER = 1, 6  # averages of n losses whose weights are (1 + η)/(n + η) lag by n/(2 + η)
 PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halved
 PROGRESS = 1.0  # times the noise, to speak of
 CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
@@ -54,9 +57,14 @@ def within_bounds(share: float, layers: int) -> float:
     return share if share <= trusted else min(math.sqrt(trusted * share), LARGEST / layers)
 
 
-def left_by_noise(search: "Search", reach: float, layers: int) -> float:
-    """How much is left of a step of ρ D = ``reach``, so that its batch gains not too much alone."""
-    return max(LEAST_LEFT, layers * search.most / reach) if 0 < layers * search.most < reach else 1.0
+def left_by_gain(search: "Search", reach: float) -> float:
+    """How much is left of a step of ρ D = ``reach``, so that its own batch gains no more than all do."""
+    if search.losses < USUAL or not search.gained > 0:
+        return 1.0
+    passed = search.losses * (1 / (2 + OLDER) - 1 / (2 + NEWER))  # between the two averages
+    progress = (search.older - search.newer) / passed * (GAIN + GAIN_LATER * search.losses)
+    most = max(progress, GAIN_IN_NOISE * search.noise) * search.reaches / search.gained
+    return max(LEAST_LEFT, most / reach) if 0 < most < reach else 1.0
 
 
 class Search(NamedTuple):
@@ -80,11 +88,10 @@ class Search(NamedTuple):
     lowest: float = 0.0  # the lowest it has been since,
     idle: int = 0  # and how many batches ago
     left: float = 1.0  # of the steps, after halvings
-    after: float = 0.0  # the loss that the last judged step left its own batch with, others' part aside,
-    reach: float = 0.0  # and its ρ D
-    alone: float = 0.0  # sums over judged steps of what only their own batch gained
+    gained: float = 0.0  # sums over judged steps of what their own batch gained, others' part aside,
     reaches: float = 0.0  # and of ρ D, with decaying weights
-    most: float = 0.0  # ρ D, for each layer, that would gain as much alone as noise allows; 0: no bound
+    older: float = 0.0  # averages of the losses that lag by a third
+    newer: float = 0.0  # and by an eighth of their number
 
 
 class Trial(NamedTuple):
@@ -112,7 +119,7 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
 
     ``beta`` is the decay of D̂W, whose first averages are too short.
     """
-    search, rate, rho = _asked(search, trial.before), trial.rate, trial.rate * trial.factor
+    rate, rho = trial.rate, trial.rate * trial.factor
     curved = trial.after - trial.before - trial.slope_of_all
     if not math.isfinite(curved):
         return _rejected(search, rate * CUT), 0.0
@@ -142,19 +149,11 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
         wanted = min(wanted, max(rate / 2, SHARE * a / c))
     if change > 0:
         wanted = min(wanted, rate / GROWTH)
-    search = search._replace(after=trial.before + change, reach=rho * trial.D)
+    search = search._replace(
+        gained=RECENT * search.gained - (1 - RECENT) * change,
+        reaches=RECENT * search.reaches + (1 - RECENT) * rho * trial.D,
+    )
     return search._replace(rate=wanted, limited=limited, since=0, due=False), 1.0
-
-
-def _asked(search: Search, loss: float) -> Search:
-    """After another batch, with this loss, has been asked what it thinks of the last judged step."""
-    if not search.reach > 0 or not math.isfinite(loss):
-        return search
-    alone = RECENT * search.alone + (1 - RECENT) * (loss - search.after)
-    reaches = RECENT * search.reaches + (1 - RECENT) * search.reach
-    bounded = alone > 0 and search.losses >= USUAL
-    most = ALONE * search.noise * reaches / alone if bounded else 0.0
-    return search._replace(alone=alone, reaches=reaches, most=most, reach=0.0)
 
 
 def _wanted(search: Search, rate: float) -> tuple[float, float]:
@@ -193,12 +192,16 @@ def with_loss(search: Search, loss: float) -> Search:
     """After a batch with this loss; one that is not finite is no measure of what is usual."""
     if not math.isfinite(loss):
         return search
-    if not search.losses:
-        return search._replace(loss=loss, losses=1)
-    distance = abs(loss - search.loss)
-    noise = distance if search.losses == 1 else DECAY * search.noise + (1 - DECAY) * distance
-    search = search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise, losses=search.losses + 1)
-    return _patient(search, loss)
+    n, distance = search.losses + 1, abs(loss - search.loss)
+    search = search._replace(
+        losses=n,
+        older=search.older + (loss - search.older) * (1 + OLDER) / (n + OLDER),
+        newer=search.newer + (loss - search.newer) * (1 + NEWER) / (n + NEWER),
+    )
+    if n == 1:
+        return search._replace(loss=loss)
+    noise = distance if n == 2 else DECAY * search.noise + (1 - DECAY) * distance
+    return _patient(search._replace(loss=0.7 * search.loss + 0.3 * loss, noise=noise), loss)
 
 
 def _patient(search: Search, loss: float) -> Search:

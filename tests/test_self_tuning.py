@@ -22,7 +22,7 @@ from kfqn.step_size import (
     Trial,
     far_above,
     judged,
-    left_by_noise,
+    left_by_gain,
     stepped,
     undone,
     with_loss,
@@ -109,35 +109,42 @@ def test_neither_the_scale_of_the_loss_nor_a_constant_matters(c, shift):
         (search, share), (other, theirs_share) = judged(search, trial, 0.9), judged(other, theirs, 0.9)
         assert other.rate == pytest.approx(search.rate, rel=1e-6)
         assert share == pytest.approx(theirs_share, rel=1e-6)
+        falling = 5.0 - 0.01 * k + 0.01 * (-1) ** k
+        search, other = with_loss(search, falling), with_loss(other, c * falling + shift)
+        left = left_by_gain(search, 1.0)
+        assert left_by_gain(other, c) == pytest.approx(left, rel=1e-6)
+    assert 0.1 < left < 1
 
 
-def after_a_judged_step():
-    """ρ D = 0.5, from 5 down to 4.4; the losses of batches have been about 5, ± 0.05."""
-    search = Search(loss=5.0, noise=0.05, losses=9, steps=30, rate=0.5, descent=2.0, weight=1.0)
+def after_a_judged_step(losses):
+    """ρ D = 0.5, of which its own batch gained 0.6, after batches with these losses."""
+    search = Search(steps=30, rate=0.5, descent=2.0, weight=1.0)
+    for loss in losses:
+        search = with_loss(search, loss)
     search, share = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0), 0.9)
     assert share == 1
     return search
 
 
-def asked(search, loss):
-    """The next judged step starts at this loss."""
-    trial = on_a_parabola(search, a=2.0, c=3.2, D=1.0)._replace(before=loss, after=loss)
-    return judged(search, trial, 0.9)[0]
+@pytest.mark.parametrize("count", [100, 1000])
+def test_a_step_gains_on_its_own_batch_what_all_gain_in_twenty_steps_and_a_tenth_of_all(count):
+    told = after_a_judged_step([5.0 - 0.0005 * n for n in range(count)])
+    most = 0.0005 * (20 + count / 10)
+    for reach in (0.25, 0.5, 1.0):
+        assert left_by_gain(told, reach) == pytest.approx(max(0.1, most / (0.6 * reach / 0.5)), rel=0.02)
+    assert left_by_gain(told, 0.01) == 1.0
+    assert left_by_gain(told, 50.0) == 0.1
 
 
-def test_what_batches_gain_alone_stays_within_their_noise():
-    search = after_a_judged_step()
-    assert left_by_noise(search, 0.5, layers=5) == 1.0  # no other batch has been asked yet
-    told = asked(search, 5.0)
-    most = 0.4 * 5 * 0.05  # and 0.6 was gained alone
-    assert left_by_noise(told, 0.5, layers=5) == pytest.approx(most / 0.6)
-    assert left_by_noise(told, 0.25, layers=5) == pytest.approx(most / 0.3)
-    assert left_by_noise(told, 0.01, layers=5) == 1.0
-    assert left_by_noise(told, 50.0, layers=5) == 0.1
+@pytest.mark.parametrize("fall", [0.0, -0.001])
+def test_where_losses_do_not_fall_half_their_noise_may_be_gained(fall):
+    told = after_a_judged_step([5.0 - fall * n + 0.2 * (-1) ** n for n in range(50)])
+    assert left_by_gain(told, 0.5) == pytest.approx(0.5 * told.noise / 0.6)
 
 
-def test_a_step_that_helps_the_next_batch_as_much_is_not_shortened():
-    assert left_by_noise(asked(after_a_judged_step(), 4.4), 50.0, layers=5) == 1.0
+def test_no_step_is_shortened_before_losses_are_known_or_where_nothing_is_gained():
+    assert left_by_gain(after_a_judged_step([5.0] * 4), 50.0) == 1.0
+    assert left_by_gain(after_a_judged_step([5.0] * 9)._replace(gained=-1.0), 50.0) == 1.0
 
 
 def test_a_loss_far_above_the_usual_shows_an_open_step_only():
@@ -274,15 +281,16 @@ def test_a_net_that_could_learn_every_batch_by_heart_learns_what_they_share(seed
     assert F.cross_entropy(model(x), target) < 1.03 < math.log(3)
 
 
-def test_a_tiny_step_says_little_of_what_is_gained_alone():
-    """Divided by its ρ D, the noise between two batches would outweigh every other step."""
-    told = asked(after_a_judged_step(), 5.0)
-    tiny = asked(told._replace(reach=1e-6, after=4.95), 5.0)
-    assert left_by_noise(tiny, 0.5, layers=5) == pytest.approx(left_by_noise(told, 0.5, layers=5), rel=0.2)
+def test_a_tiny_step_says_little_of_what_is_gained():
+    """Divided by its ρ D, what rounding leaves of its gain would outweigh every other step."""
+    told = after_a_judged_step([5.0 - 0.001 * n for n in range(100)])
+    trial = Trial(1e-6, 1.0, 1.0, -2e-6, -2e-6, -2e-6, 5.0, 5.0 - 1e-3, 0.0)
+    tiny, _ = judged(told, trial, 0.9)
+    assert left_by_gain(tiny, 0.5) == pytest.approx(left_by_gain(told, 0.5), rel=0.01)
 
 
-def test_noise_does_not_shorten_what_a_scheduler_has_shortened():
-    """Bounded by more than the noise asks for, the loss stays at 1.1."""
+def test_what_a_scheduler_has_shortened_is_not_shortened_again():
+    """Bounded by what its steps would gain without the scheduler, the loss stays at 1.1."""
     torch.manual_seed(1)
     teacher = torch.randn(20, 3) / 20**0.5
 
@@ -298,13 +306,13 @@ def test_noise_does_not_shorten_what_a_scheduler_has_shortened():
     assert F.cross_entropy(model(x), target) < 0.85
 
 
-def test_what_other_parameters_gain_alone_does_not_stop_the_layers():
+def test_what_other_parameters_gain_does_not_stop_the_layers():
     """An embedding that learns its batch by heart is none of their business."""
-    search = Search(loss=5.0, noise=0.05, losses=9, steps=30, rate=0.5, descent=2.0, weight=1.0)
+    search = Search(steps=30, rate=0.5, descent=2.0, weight=1.0)
     trial = on_a_parabola(search, a=0.1, c=0.1, D=1.0)
     trial = trial._replace(slope_of_all=-3.0, after=trial.before - 2.5)
     search, _ = judged(search, trial, 0.9)
-    assert search.after == pytest.approx(trial.before + trial.slope)
+    assert search.gained / search.reaches == pytest.approx(-trial.slope / 0.5)
 
 
 def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
