@@ -59,12 +59,7 @@ def within_bounds(share: float, layers: int) -> float:
 
 def left_by_gain(search: "Search", reach: float) -> float:
     """How much is left of a step of ρ D = ``reach``, so that its own batch gains no more than all do."""
-    if search.losses < USUAL or not search.gained > 0:
-        return 1.0
-    passed = search.losses * (1 / (2 + OLDER) - 1 / (2 + NEWER))  # between the two averages
-    progress = (search.older - search.newer) / passed * (GAIN + GAIN_LATER * search.losses)
-    most = max(progress, GAIN_IN_NOISE * search.noise) * search.reaches / search.gained
-    return max(LEAST_LEFT, most / reach) if 0 < most < reach else 1.0
+    return max(LEAST_LEFT, search.most / reach) if 0 < search.most < reach else 1.0
 
 
 class Search(NamedTuple):
@@ -92,6 +87,7 @@ class Search(NamedTuple):
     reaches: float = 0.0  # and of ρ D, with decaying weights
     older: float = 0.0  # averages of the losses that lag by a third
     newer: float = 0.0  # and by an eighth of their number
+    most: float = 0.0  # ρ D of a step that would gain as much as all of late; 0: no bound
 
 
 class Trial(NamedTuple):
@@ -153,7 +149,16 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
         gained=RECENT * search.gained - (1 - RECENT) * change,
         reaches=RECENT * search.reaches + (1 - RECENT) * rho * trial.D,
     )
-    return search._replace(rate=wanted, limited=limited, since=0, due=False), 1.0
+    return search._replace(rate=wanted, limited=limited, since=0, due=False, most=_most(search)), 1.0
+
+
+def _most(search: Search) -> float:
+    """ρ D of a step whose own batch would gain as much as all batches have of late."""
+    if search.losses < USUAL or not search.gained > 0:
+        return 0.0
+    passed = search.losses * (1 / (2 + OLDER) - 1 / (2 + NEWER))  # between the two averages
+    progress = (search.older - search.newer) / passed * (GAIN + GAIN_LATER * search.losses)
+    return max(progress, GAIN_IN_NOISE * search.noise) * search.reaches / search.gained
 
 
 def _wanted(search: Search, rate: float) -> tuple[float, float]:

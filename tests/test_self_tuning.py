@@ -144,7 +144,10 @@ def test_where_losses_do_not_fall_half_their_noise_may_be_gained(fall):
 
 def test_no_step_is_shortened_before_losses_are_known_or_where_nothing_is_gained():
     assert left_by_gain(after_a_judged_step([5.0] * 4), 50.0) == 1.0
-    assert left_by_gain(after_a_judged_step([5.0] * 9)._replace(gained=-1.0), 50.0) == 1.0
+    search = Search(steps=30, rate=0.5, gained=-1.0, losses=9, older=5.0, newer=4.0, noise=0.1)
+    search, _ = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0), 0.9)
+    assert search.gained < 0
+    assert left_by_gain(search, 50.0) == 1.0
 
 
 def test_a_loss_far_above_the_usual_shows_an_open_step_only():
