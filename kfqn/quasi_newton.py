@@ -14,6 +14,7 @@ from kfqn.factors import Moments
 from kfqn.groups import Group, Others, State, adamw
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
+from kfqn.orthogonal import orthogonalised
 from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, matvec
@@ -81,7 +82,10 @@ class KFQN(SelfTuningOptimizer):
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
-        return self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
+        P = self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
+        if not group["automatic"]:
+            return P
+        return orthogonalised(P, group["max_factor_size"])  # docs/decisions.md, 39
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)

@@ -26,6 +26,7 @@ ORDER = [
     "rules",
     "curvature",
     "damping",
+    "orthogonal",
     "closures",
     "second_pass",
     "seen",

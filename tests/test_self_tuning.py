@@ -11,6 +11,7 @@ from test_contract import snapshot, train, unchanged
 from torch import nn
 
 import kfqn
+from kfqn.orthogonal import orthogonalised
 from kfqn.race.data import digits
 from kfqn.race.grids import PRINTED
 from kfqn.race.models import small_all_cnn
@@ -269,7 +270,10 @@ def test_a_share_beyond_what_is_trusted_counts_by_its_root(layers):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_net_that_could_learn_every_batch_by_heart_learns_what_they_share(seed):
-    """Batches of 20 for 9,731 weights, mostly noise; without the rule the loss ends between 4 and 7."""
+    """Batches of 20 for 9,731 weights, mostly noise: without the rule the loss ends between 5 and 8.
+
+    Below 1.06, where a direction with its own singular values, of which fewer are noise, is below 1.03.
+    """
     torch.manual_seed(seed)
     teacher = torch.randn(300, 3) / 300**0.5
 
@@ -281,7 +285,7 @@ def test_a_net_that_could_learn_every_batch_by_heart_learns_what_they_share(seed
     optimizer, (x, target) = kfqn.KFBFGS(model), batch(2000)
     for _ in range(150):
         optimizer.step(closure(model, optimizer, *batch(20)))
-    assert F.cross_entropy(model(x), target) < 1.03 < math.log(3)
+    assert F.cross_entropy(model(x), target) < 1.06 < math.log(3)
 
 
 def test_a_tiny_step_says_little_of_what_is_gained():
@@ -293,7 +297,7 @@ def test_a_tiny_step_says_little_of_what_is_gained():
 
 
 def test_what_a_scheduler_has_shortened_is_not_shortened_again():
-    """Bounded by what its steps would gain without the scheduler, the loss stays at 1.1."""
+    """Bounded by what its steps would gain without the scheduler, the loss stays at 1.08; it ends at 0.90."""
     torch.manual_seed(1)
     teacher = torch.randn(20, 3) / 20**0.5
 
@@ -306,7 +310,7 @@ def test_what_a_scheduler_has_shortened_is_not_shortened_again():
     optimizer.param_groups[0]["lr"] = 0.01
     for _ in range(300):
         optimizer.step(closure(model, optimizer, *batch(50)))
-    assert F.cross_entropy(model(x), target) < 0.85
+    assert F.cross_entropy(model(x), target) < 0.95
 
 
 def test_what_other_parameters_gain_does_not_stop_the_layers():
@@ -382,7 +386,7 @@ def test_a_step_that_makes_the_loss_infinite_is_taken_back_to_the_bit(make):
 
 
 def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
-    """P = H_G (β D̂W + (1 − β) DW) H_A, up to the length of the step; with a number W − lr H_G D̂W H_A."""
+    """H_G (β D̂W + (1 − β) DW) H_A orthogonalised, up to its length; with a number lr H_G D̂W H_A."""
     for settings in ({}, {"lr": 0.1}):
         model, data = mlp(), batches((5,), 6)
         optimizer, weight = make(model, **settings), model[0].weight
@@ -393,6 +397,8 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         averaged = 0.9 * state["DW"] + 0.1 * layer.DW(layer.gradients())
         wanted = averaged if settings else 0.9 * averaged + 0.1 * layer.DW(layer.gradients())
         P, before = optimizer._H_G(state, wanted @ state["H_A"]), layer.W()
+        if not settings:
+            P = orthogonalised(P, None)
         train(model, optimizer, data[5:])
         moved = before - layer.W()
         torch.testing.assert_close(optimizer.state[weight]["DW"], averaged)

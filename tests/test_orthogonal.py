@@ -1,0 +1,85 @@
+"""Directions with singular values that are alike, against a singular value decomposition."""
+
+import math
+
+import pytest
+import torch
+
+from kfqn.orthogonal import orthogonalised
+
+SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (40, 300)]
+
+
+def with_values(rows, columns, values, seed=0):
+    """A matrix with these singular values, and its singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    of = [torch.randn(size, len(values), generator=generator, dtype=torch.double) for size in (rows, columns)]
+    U, V = (torch.linalg.qr(x).Q for x in of)
+    return (U * torch.tensor(values, dtype=torch.double)) @ V.mT, U, V
+
+
+@pytest.mark.parametrize("least", [1.0, 0.3, 0.05])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_polar_factor_and_keeps_the_norm(shape, least):
+    """Within 8 %, which is what the polynomials leave; the singular vectors to rounding."""
+    rank = min(shape)
+    P, U, V = with_values(*shape, [least ** (k / rank) for k in range(rank)])
+    got = orthogonalised(P, None)
+    values = U.mT @ got @ V
+    assert (values - values.diagonal().diag()).norm() < 1e-10 * values.norm()
+    even = values.diagonal() * math.sqrt(rank) / P.norm()
+    assert (even - 1).abs().max() < 0.08
+    torch.testing.assert_close(U @ values @ V.mT, got)
+
+
+def test_what_is_far_below_stays_below():
+    """Noise and rounding are not blown up to the size of the rest."""
+    P, U, V = with_values(8, 20, [1.0, 0.5, 0.3, 0.2, 0.1, 1e-4, 1e-6, 0.0])
+    values = (U.mT @ orthogonalised(P, None) @ V).diagonal()
+    assert values[:5].min() > 0.9 * values[0]
+    assert values[5:].max() < 0.02 * values[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
+def test_scale_goes_through(dtype, scale):
+    P = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted, got = orthogonalised(P, 4), orthogonalised(scale * P, 4) / scale
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_blocks_of_one_matrix():
+    """All end with the same singular values, however long their gradients are against each other."""
+    P = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(2)).double()
+    P *= torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
+    values = torch.linalg.svdvals(orthogonalised(P, None)) * math.sqrt(12) / P.norm()
+    assert (values - 1).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("shape", [(10, 23), (23, 10)])
+def test_large_matrices_are_cut_into_blocks(shape):
+    """Blocks of the smaller side, 4, 4 and 2: what is in one becomes orthogonal, each for itself."""
+    P = torch.randn(shape, generator=torch.Generator().manual_seed(3)).double()
+    got = orthogonalised(P, 4)
+    wide, whole = (got, P) if shape[0] < shape[1] else (got.mT, P.mT)
+    for rows, of in zip(wide.split(4), whole.split(4), strict=True):
+        alone = orthogonalised(of, None)
+        torch.testing.assert_close(rows / rows.norm(), alone / alone.norm())
+        values = torch.linalg.svdvals(rows) * math.sqrt(10) / P.norm()
+        assert (values - 1).abs().max() < 0.08
+    assert not torch.allclose(got, orthogonalised(P, 10), rtol=0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_comes_of_nothing_and_what_is_not_finite_shows(shape):
+    assert torch.equal(orthogonalised(torch.zeros(shape), 3), torch.zeros(shape))
+    for bad in (math.nan, math.inf):
+        assert not orthogonalised(torch.full(shape, bad), 3).isfinite().any()
+
+
+def test_it_is_contiguous_and_leaves_P_as_it_is():
+    for shape in SHAPES:
+        P = torch.randn(shape)
+        before = P.clone()
+        assert orthogonalised(P, None).is_contiguous()
+        assert torch.equal(P, before)
