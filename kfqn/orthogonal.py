@@ -25,12 +25,13 @@ def orthogonalised(P: Tensor, largest: int | None) -> Tensor:
     """P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was.
 
     The groups *g are diagonal blocks of one matrix. A P with more than ``largest`` rows and columns is cut
-    into the fewest blocks of rows, or of columns if these are fewer, that are no larger, each for itself.
+    into blocks of at most half as many rows, or columns if these are fewer, each for itself: a whole one
+    would cost more than a pass over a usual batch.
     """
     if P.shape[-2] > P.shape[-1]:
         return orthogonalised(P.mT, largest).mT.contiguous()
     rows = P.shape[-2]
-    cut = Blocks.of_at_most(largest or rows, rows)
+    cut = Blocks.of_at_most(rows if largest is None or rows <= largest else max(1, largest // 2), rows)
     pieces = cut.split(P, -2)
     square = pieces @ pieces.mT
     norm = square.diagonal(dim1=-2, dim2=-1).sum().sqrt()  # ‖P‖

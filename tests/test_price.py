@@ -41,9 +41,13 @@ def operations(model, make, m):
     return counts
 
 
+AUTOMATIC = {"lr": "auto"}
+
+
 # Everything but the passes: at most 8 % of SGD's step on All-CNN-C, 10 % on VGG16 with small factors; a
 # second pass without weight gradients is at most 0.67 of a first. (VGG16's head of 4096 × 4096 weights
-# costs no more than its products with a and Dh; hence 128 there, as 256 makes 13 %.)
+# costs no more than its products with a and Dh; hence 128 there, as 256 makes 13 %. An automatic step's
+# direction is orthogonalised.)
 @pytest.mark.parametrize(
     ("make", "m", "settings", "most", "most_between"),
     [
@@ -51,13 +55,17 @@ def operations(model, make, m):
         (lambda: resnet20(10), 256, {}, 1.72, 1.02),
         (lambda: vgg16(10), 128, {"max_factor_size": 128}, 1.77, 1.10),
         (lambda: vgg16(10), 128, {"max_factor_size": 256}, 1.81, 1.14),
+        (lambda: all_cnn_c(10), 256, AUTOMATIC, 1.69, 1.02),
+        (lambda: resnet20(10), 256, AUTOMATIC, 1.72, 1.02),
+        (lambda: vgg16(10), 128, AUTOMATIC | {"max_factor_size": 128}, 1.78, 1.11),
+        (lambda: vgg16(10), 128, AUTOMATIC, 1.89, 1.22),
     ],
-    ids=["All-CNN-C", "ResNet-20", "VGG16, small factors", "VGG16, factors of the default"],
+    ids=lambda x: str(x) if isinstance(x, dict) else None,
 )
 def test_floating_point_operations_relative_to_sgd(make, m, settings, most, most_between):
     torch.manual_seed(0)
     model = make()
-    two, four = (operations(model, lambda x: kfqn.KFBFGS(x, lr=1e-3, **settings), n) for n in (2, 4))
+    two, four = (operations(model, lambda x: kfqn.KFBFGS(x, **{"lr": 1e-3} | settings), n) for n in (2, 4))
     sgd, learning, between = (
         b + (b - a) / 2 * (m - 4) for a, b in zip(two, four, strict=True)
     )  # affine in m
