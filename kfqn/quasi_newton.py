@@ -159,7 +159,7 @@ class KFBFGS(KFQN):
             inputs have the batch first, get factors; see ``others`` for what else it trains. Frozen
             parameters are ignored.
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
-            (`kfqn.step_size`), with all layers moving by one share of their size, at most 0.6 over their
+            (`kfqn.step_size`), with all layers moving by one share of their size, at most 1.2 over their
             number, and a step that was bad is taken back; steps are halved where the loss of batches comes no
             lower for long, and layers in front of a normalisation keep their norms (`kfqn.scale_free`).
             ``lr`` in the group is then a factor, for schedulers; what is found is
