@@ -141,8 +141,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _undo(self) -> None:
         """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
 
-        What the last batch itself added to the direction is not known any more, so about a third of the step
-        stays.
+        What the last batch itself added to the direction is not known any more, so a third to a half of the
+        step stays.
         """
         self._memory.stepped = False
         missing = {*self._missing(self._layers)}

@@ -457,7 +457,7 @@ def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
     assert evaluate.calls == 1
     assert rejected(optimizer) >= 1
     # Along the averaged gradient: the last batch's own share of the direction is not known any more.
-    assert distance(model, before) < 0.5 * moved
+    assert distance(model, before) < 0.6 * moved
     train(model, optimizer, data[33:34])
     assert not optimizer._search.open  # the step after is judged
 
