@@ -161,8 +161,8 @@ class KFBFGS(KFQN):
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
             (`kfqn.step_size`), with all layers moving by one share of their size, at most 1.2 over their
             number, along directions that are orthogonalised (`kfqn.orthogonal`), and a step that was bad is
-            taken back; steps are halved where the loss of batches comes no lower for long, and layers before a
-            normalisation keep their norms (`kfqn.scale_free`).
+            taken back; steps are halved where the loss of batches comes no lower for long, and layers before
+            a normalisation keep their norms (`kfqn.scale_free`).
             ``lr`` in the group is then a factor, for schedulers; what is found is
             ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
             ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD, and
