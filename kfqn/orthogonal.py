@@ -25,12 +25,12 @@ def orthogonalised(P: Tensor, largest: int | None) -> Tensor:
     """P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was.
 
     The groups *g are diagonal blocks of one matrix. A P with more than ``largest`` rows and columns is cut
-    into blocks of at most half as many rows, or columns if these are fewer, each for itself: a whole one
-    would cost more than a pass over a usual batch.
+    into blocks of at most half as many rows, each for itself: a whole one would cost more than a pass over a
+    usual batch. Of rows, so that what multiplies P is symmetric and positive, as H_G is.
     """
-    if P.shape[-2] > P.shape[-1]:
-        return orthogonalised(P.mT, largest).mT.contiguous()
-    rows = P.shape[-2]
+    rows, columns = P.shape[-2:]
+    if columns < rows and (largest is None or columns <= largest):
+        return orthogonalised(P.mT, None).mT.contiguous()
     cut = Blocks.of_at_most(rows if largest is None or rows <= largest else max(1, largest // 2), rows)
     pieces = cut.split(P, -2)
     square = pieces @ pieces.mT

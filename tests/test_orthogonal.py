@@ -58,16 +58,29 @@ def test_groups_are_blocks_of_one_matrix():
 
 @pytest.mark.parametrize("shape", [(10, 23), (23, 10)])
 def test_large_matrices_are_cut_into_blocks(shape):
-    """Blocks of the smaller side, 4, 4 and 2: what is in one becomes orthogonal, each for itself."""
+    """Blocks of at most four rows: those of one become orthogonal, each block for itself."""
     P = torch.randn(shape, generator=torch.Generator().manual_seed(3)).double()
     got = orthogonalised(P, 9)
-    wide, whole = (got, P) if shape[0] < shape[1] else (got.mT, P.mT)
-    for rows, of in zip(wide.split(4), whole.split(4), strict=True):
+    for rows, of in zip(got.split(4), P.split(4), strict=True):
         alone = orthogonalised(of, None)
         torch.testing.assert_close(rows / rows.norm(), alone / alone.norm())
-        values = torch.linalg.svdvals(rows) * math.sqrt(10) / P.norm()
+        values = torch.linalg.svdvals(rows) * math.sqrt(shape[0]) / P.norm()
         assert (values - 1).abs().max() < 0.08
     assert not torch.allclose(got, orthogonalised(P, 10), rtol=0.01)
+
+
+@pytest.mark.parametrize("largest", [None, 20, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_stays_a_direction_of_descent(shape, largest):
+    """⟨P, D̂W⟩ > 0 for P = D̂W H_A with any positive H_A, here of condition 10⁸, whole or in blocks."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        DW, basis = (
+            torch.randn(rows, shape[1], generator=generator).double() for rows in (shape[0], shape[1])
+        )
+        Q = torch.linalg.qr(basis).Q
+        H_A = (Q * torch.logspace(-4, 4, shape[1], dtype=torch.double)) @ Q.mT
+        assert (orthogonalised(DW @ H_A, largest) * DW).sum() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,3 +96,12 @@ def test_it_is_contiguous_and_leaves_P_as_it_is():
         before = P.clone()
         assert orthogonalised(P, None).is_contiguous()
         assert torch.equal(P, before)
+
+
+def test_columns_in_blocks_would_go_uphill():
+    """Two columns of one gradient, and an H_A that sets them against each other."""
+    DW = torch.outer(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 0.5]))
+    P = DW @ torch.tensor([[1.0, -4.0], [-4.0, 16.1]])
+    assert (P * DW).sum() > 0
+    assert (P / P.norm(dim=0) * DW).sum() < 0
+    assert (orthogonalised(P, 1) * DW).sum() > 0
