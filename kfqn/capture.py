@@ -32,7 +32,8 @@ class Look:
     With ``Dh`` passes with gradients are looked at, without those under ``torch.no_grad()``. ``frozen`` says
     that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``early`` says
     what to keep instead of an input when its gradient arrives, given what was seen of the layer so far; with
-    None it is kept itself.
+    None it is kept itself. ``cut`` says that nothing is kept, and that graphs start at the last
+    pre-activations: a backward pass then ends where it has begun.
     """
 
     inputs: bool
@@ -40,6 +41,15 @@ class Look:
     Dh: Reduction | None = None
     frozen: bool = False
     early: EarlyReduction | None = None
+    cut: bool = False
+
+
+def nothing_of(x: Tensor) -> Tensor:
+    """Zero, for a `Look` that asks which gradients arrive, and not what they are."""
+    return x.new_zeros(())
+
+
+LOSS_ALONE = Look(inputs=False, frozen=True, cut=True)
 
 
 @final
@@ -52,8 +62,8 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
-        self.awake = True  # whether first passes are looked at
-        self._look = self._first = first
+        self.look_first(first)
+        self._cuts: bool | None = None  # whether graphs are cut in the pass that runs
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
         self._start: tuple[int, Rewind] | None = None
         self._replay: Iterator[Rewind] = iter(())
@@ -63,9 +73,9 @@ class Watch:
         self.forget()
         self.add(layers)
 
-    def look_first(self, look: Look) -> None:
-        """Look like this from now on."""
-        self._look = self._first = look
+    def look_first(self, look: Look | None) -> None:
+        """Look like this at first passes from now on; with None not at all."""
+        self._look = self.first = look
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Watch these layers too."""
@@ -83,7 +93,7 @@ class Watch:
 
     def drop(self) -> None:
         """The gradients have been cleared, and with them what earlier passes say of this step."""
-        if self._look is self._first:
+        if self._look is self.first:
             self._batch, self._arrived = self.next_batch, False
             self._seen.clear()
 
@@ -109,7 +119,7 @@ class Watch:
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
         """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
         outside = self._look, self._seen, self._token, self._batch, self._arrived, self.ran
-        self._look, self._replay = look, iter(replay)
+        self._look, self._replay, self._cuts = look, iter(replay), None
         self.forget()
         try:
             yield self._seen
@@ -119,10 +129,11 @@ class Watch:
 
     def start(self) -> None:
         """A pass through the whole model begins."""
-        if not torch.is_grad_enabled() or (self._look is self._first and not self.awake):
+        if not torch.is_grad_enabled() or self._look is None:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing of the whole model
+        self._cuts = None
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if self._look.frozen:
             next(self._replay, _nothing)()
@@ -130,16 +141,31 @@ class Watch:
             number = self._start[0] + 1 if self._start is not None else 0
             self._start = number, random_state({layer.weight.device for layer in self._open})
 
-    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> None:
-        """A module of the layer has turned ``a`` into ``h``."""
+    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
+        """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
         look = self._look
-        if torch.is_grad_enabled() != (look.Dh is not None) or not h.numel():
-            return
+        with_gradients = look is None or look.cut or look.Dh is not None
+        if torch.is_grad_enabled() != with_gradients or not h.numel():
+            return None
         if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-            return
-        if look is self._first and not self.awake:
+            return None
+        if look is None or look.cut:
             self.ran = True
-            return
+            return None if look is None else self._cut(h)
+        self._keep(look, layer, a, h)
+        return None
+
+    def _cut(self, h: Tensor) -> Tensor | None:
+        """``h`` as if nothing had come before it, unless something had before the first layer.
+
+        That is a graph of the user's own, who may ask for the gradient of an input.
+        """
+        if self._cuts is None:
+            self._cuts = not h.requires_grad
+        return _root(h) if self._cuts else None
+
+    def _keep(self, look: Look, layer: Layer, a: Tensor, h: Tensor) -> None:
+        """Keep of this use what is asked for."""
         if not h.requires_grad and look.Dh is not None:
             if not look.frozen:
                 return
@@ -152,7 +178,7 @@ class Watch:
         self.ran = True
         use = Use(self._batch, len(a), 1, a.detach() if look.inputs else None, None, None, self._start)
         wrong = layer.wrong_input(a)
-        if wrong is not None and look is not self._first:
+        if wrong is not None and look is not self.first:
             raise ValueError(wrong)
         use.wrong = wrong
         if wrong is None:
@@ -197,7 +223,7 @@ class Watch:
             self._arrived, self._batch = False, self._batch + 1
             dropped = all(map(_has_no_gradient, self._seen))
             moved = any(seen.version != layer.weight._version for layer, seen in self._seen.items())
-            if not self._look.frozen and (dropped or moved):
+            if self._look is self.first and (dropped or moved):
                 self._seen.clear()  # their gradients have been cleared, or used by another optimizer
 
 
@@ -226,6 +252,26 @@ def _has_no_gradient(layer: Layer) -> bool:
 
 def _nothing() -> None:
     """There is no random state to go back to."""
+
+
+@final
+class _Root(torch.autograd.Function):
+    """x itself, as if it had been computed from ``root``: what comes next may overwrite it, unlike a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _root(h: Tensor) -> Tensor:
+    """``h``, in the same memory, as the root of a new graph."""
+    root: Tensor = _Root.apply(h.detach(), torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return root
 
 
 def _remove(handles: list[Any]) -> None:
@@ -258,7 +304,8 @@ class _Start(_Hook):
 @final
 class _Observe(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
         watch = self.watch() if self.watch else None
-        if watch is not None and self.layer is not None:
-            watch.observe(self.layer, args[0] if args else kwargs["input"], h)
+        if watch is None or self.layer is None:
+            return None
+        return watch.observe(self.layer, args[0] if args else kwargs["input"], h)

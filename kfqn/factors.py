@@ -57,7 +57,11 @@ class FactoredOptimizer(LayeredOptimizer):
         """What is not saved: hooks, and the memory of the last pass."""
         self._ranks = Ranks(self._process_group)
         self._owners: dict[Layer, int] = {}
-        self._watch = Watch(self._model, self._layers, self._first_look)
+        self._watch = Watch(self._model, self._layers, self._full_look())
+
+    def _full_look(self) -> Look:
+        """All that may have to be kept of a first pass."""
+        return self._first_look
 
     def __getstate__(self) -> dict[str, Any]:
         ours = ("_shard", "_error_if_nonfinite", "_warned")
@@ -91,14 +95,14 @@ class FactoredOptimizer(LayeredOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._watch.awake = True
+        self._watch.look_first(self._full_look())
 
     def add_param_group(self, param_group: Group) -> None:
         before = {*self._layers}
         super().add_param_group(param_group)
         if "_watch" in self.__dict__:
             self._watch.add([layer for layer in self._layers if layer not in before])
-            self._watch.awake = True
+            self._watch.look_first(self._full_look())
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any]) -> None:
@@ -138,7 +142,7 @@ class FactoredOptimizer(LayeredOptimizer):
         self._start_layers(self._mean_moments([layer for layer in self._layers if layer in sums], sums))
         for group in map(self._group, sums):
             group["k"] = 0
-        self._watch.awake = True
+        self._watch.look_first(self._full_look())
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """What the factors of every layer are doing, by the layer's name.

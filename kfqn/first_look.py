@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfqn.capture import EarlyReduction, Look
+from kfqn.capture import EarlyReduction, Look, nothing_of
 from kfqn.closures import Closure
 from kfqn.curvature import (
     mean_activation,
@@ -47,10 +47,13 @@ class LookingOptimizer(KroneckerOptimizer):
 
     _first_look = Look(inputs=True, h=mean_preactivation, Dh=mean_preactivation_gradient)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _full_look(self) -> Look:
         early: EarlyReduction = weakref.WeakMethod(self._early)
-        self._watch.look_first(replace(self._first_look, early=early))
+        return replace(self._first_look, early=early)
+
+    def _look_at_inputs(self) -> Look:
+        """What is kept of a first pass from which only H_A learns."""
+        return replace(self._full_look(), h=None, Dh=nothing_of)
 
     def _lambda_A(self, moments: Moments, group: Group) -> float | Tensor:
         """What is added to the A that H_A starts from, (*g, 1) or one number."""
@@ -73,7 +76,7 @@ class LookingOptimizer(KroneckerOptimizer):
         """The shape of `_answer`."""
 
     def _is_due(self, k: int, group: Group) -> bool:
-        """Whether step k, counted from 0, is to have a second pass; at first every one has."""
+        """Whether step k, counted from 0, is to be learnt from; at first every one is."""
         return k % gap(k, group["curvature_interval"]) == 0
 
     def _inputs(self, layer: Layer) -> Inputs:
@@ -110,8 +113,8 @@ class LookingOptimizer(KroneckerOptimizer):
         self._start_G(state)
         return state
 
-    def _first_of(self, seen: LayersSeen) -> dict[Layer, First]:
-        """What the first pass says of every layer, over all processes."""
+    def _first_of(self, seen: LayersSeen, pairs: bool) -> dict[Layer, First]:
+        """What the first pass says of every layer, over all processes; of h̄ and Dh̄ only with ``pairs``."""
         layers, like = self._layers, self._layers[0].empty()
         cut = {layer: self._inputs(layer) for layer in layers}
         columns = {layer: (*inputs.groups, inputs.columns) for layer, inputs in cut.items()}
@@ -119,12 +122,13 @@ class LookingOptimizer(KroneckerOptimizer):
         again = {layer: record.since(self._memory.since) for layer, record in seen.items()}
         again = {layer: record for layer, record in again.items() if record.uses}
         own = {(layer, "a"): self._mean_a(seen[layer]) for layer in again}
-        own |= {(layer, "h"): record.h() for layer, record in again.items()}
-        own |= {(layer, "Dh"): record.Dh() for layer, record in again.items()}
         shapes = {(layer, "a"): columns[layer] for layer in layers}
-        shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
+        if pairs:
+            own |= {(layer, "h"): record.h() for layer, record in again.items() if record.has_h}
+            own |= {(layer, "Dh"): record.Dh() for layer, record in again.items() if record.has_h}
+            shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
         means = self._ranks.means(own, shapes, like)
-        known = [layer for layer in layers if (layer, "h") in means]
+        known = [layer for layer in layers if (layer, "a") in means]
         probes = {
             layer: self._probe(means[layer, "a"], self.state[layer.weight])
             for layer in known
@@ -141,7 +145,10 @@ class LookingOptimizer(KroneckerOptimizer):
         factors = {layer: seen[layer].data / record.data for layer, record in again.items()}
         return {
             layer: First(
-                means[layer, "h"], means[layer, "Dh"], probes[layer], answers[layer], factors.get(layer, 1.0)
+                probes[layer],
+                answers[layer],
+                (means[layer, "h"], means[layer, "Dh"]) if (layer, "h") in means else None,
+                factors.get(layer, 1.0),
             )
             for layer in known
         }

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from kfqn.capture import Look
+from kfqn.capture import Look, nothing_of
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
 from kfqn.factors import LayersSeen, Moments, inverse_factor
 from kfqn.groups import Group, Others, State, adamw
@@ -63,7 +63,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     _counted = ("resets", "Omega skipped", "Gamma skipped", "inversions", "not inverted")
-    _first_look = Look(inputs=True, Dh=lambda gradient: gradient.new_zeros(()))
+    _first_look = Look(inputs=True, Dh=nothing_of)
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfqn.capture import Look
 from kfqn.factors import LayersSeen
 from kfqn.layers import Layer
 from kfqn.moves import Move, are_finite
@@ -99,15 +100,15 @@ class KroneckerOptimizer(UpdatingOptimizer):
             loss = self._first_call(closure)
             closure = closure if loss is not None else None
         seen = self._move(loss, closure)
-        elsewhere = self._ranks.size > 1 and self._watch.awake  # another process may have seen layers
+        elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
         if seen or (seen is not None and elsewhere):
             self._learn(seen, closure)
-        self._watch.awake = self._looks_next()
+        self._watch.look_first(self._next_look())
         return loss
 
-    def _looks_next(self) -> bool:
-        """Whether anything is to be learnt from the next first pass."""
-        return True
+    def _next_look(self) -> Look | None:
+        """What is to be kept of the next first pass, if anything is to be learnt from it."""
+        return self._full_look()
 
     def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
         """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
@@ -168,7 +169,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
             gradients = layer.gradients()
             if not gradients:
                 continue
-            unseen = layer not in seen and self._watch.awake and self._ranks.size == 1
+            unseen = layer not in seen and self._watch.first and self._ranks.size == 1
             if unseen and not any(g.any() for g in gradients):
                 if not self.state.get(layer.weight):  # torch.distributed.checkpoint asks for states this way
                     self._enter(layer, self._empty_state(layer))

@@ -13,16 +13,15 @@ from kfqn.secant import lbfgs_push_
 
 
 class First(NamedTuple):
-    """What is kept of a layer's first pass until the second: h̄ and Dh̄ (*g, I), s (*g, C), and A s.
+    """What is kept of a layer's first pass until the second: s (*g, C), A s, and h̄ and Dh̄ (*g, I).
 
-    h̄ and Dh̄ are of those micro-batches that the second pass runs again; ``factor`` is the data of all
-    over the data of these.
+    h̄ and Dh̄ are of those micro-batches that the second pass runs again, and None where H_A learns alone;
+    ``factor`` is the data of all over the data of these.
     """
 
-    h: Tensor
-    Dh: Tensor
     s: Tensor
     As: Tensor
+    h_Dh: tuple[Tensor, Tensor] | None
     factor: float
 
 

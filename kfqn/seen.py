@@ -98,6 +98,11 @@ class Seen:
         """The input of a use, in the layer's `dtype`."""
         return _known(use.a).to(self.layer.dtype)
 
+    @property
+    def has_h(self) -> bool:
+        """Whether what h was reduced to was asked for."""
+        return all(use.h is not None for use in self.uses)
+
     def let_go(self) -> None:
         """Drop the inputs, which nothing needs after the step."""
         for use in self.uses:

@@ -56,6 +56,10 @@ class Pending:
         self.D = self.gone = self.scheduled = self.share = 0.0
 
 
+def _at_interval(k: int, group: Group) -> bool:
+    return bool(k % group["curvature_interval"] == 0)
+
+
 class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     """A `TwoPassOptimizer` with ``lr="auto"``, by the rule of `kfqn.step_size`.
 
@@ -112,7 +116,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return found
 
     def _is_due(self, k: int, group: Group) -> bool:
-        return super()._is_due(k, group) or (bool(self._automatic) and self._search.due)
+        judged = bool(self._automatic) and self._search.due
+        return judged or super()._is_due(k, group) or (group["automatic"] and _at_interval(k, group))
+
+    def _pairs_due(self, k: int, group: Group) -> bool:
+        """The first steps of an automatic group are judged more often than H_G learns from them."""
+        return _at_interval(k, group) if group["automatic"] else super()._pairs_due(k, group)
 
     def _rate(self, group: Group) -> float:
         return self._factor(group) * self._search.rate if group["automatic"] else super()._rate(group)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfqn.capture import LOSS_ALONE, Look
 from kfqn.factors import LayersSeen
 from kfqn.first_look import LookingOptimizer
 from kfqn.groups import Group, State, lasting
@@ -80,12 +81,19 @@ class TwoPassOptimizer(LookingOptimizer):
         super().load_state_dict(state_dict)
         self._firsts.clear()
 
-    def _looks_next(self) -> bool:
-        due = any(self._is_due(group["k"], group) for group in self._own_groups())
-        return due or bool(self._missing(self._layers))
+    def _pairs_due(self, k: int, group: Group) -> bool:
+        """Whether H_G is to learn from step k too, and not H_A alone."""
+        return self._is_due(k, group)
+
+    def _next_look(self) -> Look | None:
+        groups = self._own_groups()
+        if any(self._pairs_due(group["k"], group) for group in groups):
+            return self._full_look()
+        due = any(self._is_due(group["k"], group) for group in groups) or self._missing(self._layers)
+        return self._look_at_inputs() if due else None
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
-        groups = {layer: self._group(layer) for layer in seen}
+        groups, look = {layer: self._group(layer) for layer in seen}, self._watch.first
         self._memory.used_once.clear()
         self._memory.used_once.update(layer for layer, record in seen.items() if len(record.uses) == 1)
         seen = {
@@ -101,7 +109,11 @@ class TwoPassOptimizer(LookingOptimizer):
             )
         with self._full_precision():
             self._firsts.clear()
-            self._firsts.update(self._first_of(seen))
+            firsts = self._first_of(seen, pairs=look is not None and look.h is not None)
+        for layer, first in firsts.items():
+            group = self._group(layer)
+            due = self._pairs_due(group["k"] - 1, group)
+            self._firsts[layer] = first if due else first._replace(h_Dh=None)
         starts = {use.start for record in seen.values() for use in record.uses if use.start is not None}
         if closure is not None:  # which runs as a whole from where it started
             starts.clear()
@@ -145,11 +157,13 @@ class TwoPassOptimizer(LookingOptimizer):
         firsts, memory, again = dict(self._firsts), self._memory, Again()
         self._firsts.clear()
         memory.stepped = self._watch.ran = False
-        look = replace(self._first_look, inputs=False, frozen=True)
+        pairs = any(first.h_Dh for first in firsts.values())
+        look = replace(self._first_look, inputs=False, frozen=True) if pairs else LOSS_ALONE
         with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:
                 yield again
-        if firsts and not seen and self._ranks.size == 1:
+                ran = bool(seen) if pairs else self._watch.ran
+        if firsts and not ran and self._ranks.size == 1:
             raise RuntimeError(
                 "the second pass ran no layer, so the step was taken without learning from it: it must do "
                 "the same as the first, in a closure as in second_pass()."
@@ -167,10 +181,14 @@ class TwoPassOptimizer(LookingOptimizer):
 
     def _learn_from(self, firsts: dict[Layer, First], seen: LayersSeen, loss_scale: float) -> None:
         """Lines 11 to 18 of Algorithm 2 for every layer that both passes have shown."""
-        own = {(layer, "h"): record.h() for layer, record in seen.items()}
-        own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
-        rows = {(layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")}
-        means = self._ranks.means(own, rows, self._layers[0].empty())
+        means: dict[Any, Tensor] = {}
+        if any(first.h_Dh for first in firsts.values()):
+            own = {(layer, "h"): record.h() for layer, record in seen.items()}
+            own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
+            rows = {
+                (layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")
+            }
+            means = self._ranks.means(own, rows, self._layers[0].empty())
         for layers in self._alike([layer for layer in firsts if self.state.get(layer.weight)]):
             self._learn_together(layers, firsts, means, loss_scale)
 
@@ -179,7 +197,11 @@ class TwoPassOptimizer(LookingOptimizer):
     ) -> None:
         """The same for layers that `_alike` puts together; ``means`` are those of the second pass."""
         group, states = lasting(self._group(layers[0])), [self.state[layer.weight] for layer in layers]
-        moved = [i for i, layer in enumerate(layers) if (layer, "h") in means]
+        moved, before = [], []  # those with a pair, and their h̄ and Dh̄ of the first pass
+        for i, layer in enumerate(layers):
+            if (h_Dh := firsts[layer].h_Dh) and (layer, "h") in means:
+                moved.append(i)
+                before.append(h_Dh)
         factors = [firsts[layers[i]].factor / scale for i in moved]
 
         def learn(given: Sequence[Tensor]) -> list[Tensor]:
@@ -195,14 +217,14 @@ class TwoPassOptimizer(LookingOptimizer):
         steps = torch.stack([state["step"] for state in states])
         given = [steps.to(layers[0].weight.device, layers[0].dtype, non_blocking=True)]
         given += [firsts[layer].s for layer in layers] + [firsts[layer].As for layer in layers]
-        given += [firsts[layers[i]].h for i in moved] + [firsts[layers[i]].Dh for i in moved]
+        given += [h for h, _ in before] + [Dh for _, Dh in before]
         given += [means[layers[i], key] for key in ("h", "Dh") for i in moved]
         if self._reads:
             learn(given)
             return
         kept = [x for state in states for x in state.values()]
         self._graphs.run(
-            ("learn", self._places[layers[0]], layers[0].dtype, layers[0].weight.device),
+            ("learn", bool(moved), self._places[layers[0]], layers[0].dtype, layers[0].weight.device),
             learn,
             given,
             kept,

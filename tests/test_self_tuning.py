@@ -445,7 +445,7 @@ def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
     model, data = odd_cnn(), batches((2, 6, 6), 40)
     optimizer = make(model)
     train(model, optimizer, data[:30])
-    while not optimizer._search.open or optimizer._looks_next():
+    while not optimizer._search.open or optimizer._next_look():
         train(model, optimizer, data[30:31])
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, data[31:32])  # without a second pass
