@@ -82,10 +82,20 @@ class KFQN(SelfTuningOptimizer):
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
-        P = self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
-        if not group["automatic"]:
-            return P
-        return orthogonalised(P, group["max_factor_size"])  # docs/decisions.md, 39
+        return self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
+
+    def _finished(self, directions: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
+        kinds = {group["max_factor_size"] for group in groups if group["automatic"]}
+        for largest in kinds:  # docs/decisions.md, 39
+            of_kind = [
+                i
+                for i, group in enumerate(groups)
+                if group["automatic"] and group["max_factor_size"] == largest
+            ]
+            found = orthogonalised([directions[i] for i in of_kind], largest)
+            for i, P in zip(of_kind, found, strict=True):
+                directions[i] = P
+        return directions
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)

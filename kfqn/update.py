@@ -43,6 +43,10 @@ class UpdatingOptimizer(FactoredOptimizer):
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         """P in W ← W − α P, (*g, I, C), from D̂W."""
 
+    def _finished(self, directions: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
+        """What becomes of all P of a step, given the group of each."""
+        return directions
+
     def _momentum(self, group: Group) -> float:
         """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
         return 0.0
@@ -99,11 +103,15 @@ class UpdatingOptimizer(FactoredOptimizer):
         gradients = [layer.gradients() for layer in layers]
 
         def of(given: Sequence[Tensor]) -> list[Tensor]:
-            results, rest = [], iter(given)
+            averages, directions, rest = [], [], iter(given)
             for layer, state, own in zip(layers, states, gradients, strict=True):
                 group = groups[self._places[layer]]
                 DW = (average or self._average)(layer, [*itertools.islice(rest, len(own))], state, group)
-                P = self._direction(DW, layer, state, group)
+                averages.append(DW)
+                directions.append(self._direction(DW, layer, state, group))
+            directions = self._finished(directions, [groups[self._places[layer]] for layer in layers])
+            results = []
+            for layer, DW, P in zip(layers, averages, directions, strict=True):
                 norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
                 results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
             return results

@@ -5,9 +5,14 @@ import math
 import pytest
 import torch
 
-from kfqn.orthogonal import orthogonalised
+from kfqn import orthogonal
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (40, 300)]
+
+
+def orthogonalised(P, largest):
+    """One direction alone."""
+    return orthogonal.orthogonalised([P], largest)[0]
 
 
 def with_values(rows, columns, values, seed=0):
@@ -105,3 +110,16 @@ def test_columns_in_blocks_would_go_uphill():
     assert (P * DW).sum() > 0
     assert (P / P.norm(dim=0) * DW).sum() < 0
     assert (orthogonalised(P, 1) * DW).sum() > 0
+
+
+@pytest.mark.parametrize("largest", [None, 20, 4])
+def test_directions_together_are_as_each_is_alone(largest):
+    """Of equal and of other shapes, of groups, and of another type."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = [*SHAPES, (6, 6), (6, 9), (3, 6, 6), (5, 9), (2, 5, 9)]
+    directions = [torch.randn(shape, generator=generator).double() for shape in shapes]
+    directions += [torch.randn(6, 6, generator=generator)]
+    for P, got in zip(directions, orthogonal.orthogonalised(directions, largest), strict=True):
+        assert (got.shape, got.dtype) == (P.shape, P.dtype)
+        torch.testing.assert_close(got, orthogonalised(P, largest))
+    assert orthogonal.orthogonalised([], largest) == []

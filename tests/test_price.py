@@ -20,9 +20,9 @@ PAIRED, LOOKED, BETWEEN = 10, 12, 101
 
 
 def at(optimizer, k):
-    """The optimizer as if k steps had been taken."""
+    """The optimizer as if k steps had been taken, and none taken back."""
     state = optimizer.state_dict()
-    state["param_groups"][0]["k"] = k
+    state["param_groups"][0] |= {"k": k, "search": None}
     optimizer.load_state_dict(state)
     return optimizer
 

@@ -398,7 +398,7 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         wanted = averaged if settings else 0.9 * averaged + 0.1 * layer.DW(layer.gradients())
         P, before = optimizer._H_G(state, wanted @ state["H_A"]), layer.W()
         if not settings:
-            P = orthogonalised(P, None)
+            (P,) = orthogonalised([P], None)
         train(model, optimizer, data[5:])
         moved = before - layer.W()
         torch.testing.assert_close(optimizer.state[weight]["DW"], averaged)
