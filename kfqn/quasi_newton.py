@@ -193,8 +193,9 @@ class KFBFGS(KFQN):
             rates of the paper's grid train (`docs/results.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
-            gaps of about a tenth of the steps so far. 1 is the paper's method to the letter; 10 costs little
-            more than one pass a step and ends no worse where both were raced (`benchmarks/README.md`).
+            gaps of about a tenth of the steps so far. With an automatic ``lr`` these steps are judged by a
+            forward pass alone, from which H_A learns and H_G does not. 1 is the paper's method to the
+            letter; 10 costs little more than one pass a step (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else it is 256.
