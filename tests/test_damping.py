@@ -138,7 +138,7 @@ def test_a_word_that_is_not_auto_is_an_error(make):
 
 def test_a_reset_keeps_lambda_G(make):
     model = mlp()
-    optimizer = make(model)
+    optimizer = make(model, curvature_interval=1)
     train(model, optimizer, batches((5,), 5))
     state = optimizer.state[model[0].weight]
     known = state["lambda_G"].clone()
