@@ -2,7 +2,8 @@
 
 The hooks stay on the modules as long as the optimizer lives, because a training loop of the
 user's own may run its first pass at any time. They hold the optimizer by a weak reference only, do
-nothing in a copy or a pickle of the model, and outside passes with gradients return at once.
+nothing in a copy or a pickle of the model, and outside passes with gradients return at once. Of a pass
+that is run for its loss alone they put every layer behind a gate (`kfqn.gate`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfqn.gate import gated
 from kfqn.layers import Layer
 from kfqn.second_pass import Rewind, random_state
 from kfqn.seen import Seen, Use
@@ -32,8 +34,7 @@ class Look:
     With ``Dh`` passes with gradients are looked at, without those under ``torch.no_grad()``. ``frozen`` says
     that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``early`` says
     what to keep instead of an input when its gradient arrives, given what was seen of the layer so far; with
-    None it is kept itself. ``cut`` says that nothing is kept, and that graphs start at the last
-    pre-activations: a backward pass then ends where it has begun.
+    None it is kept itself. With ``gated`` nothing is kept, and no backward pass goes through a layer.
     """
 
     inputs: bool
@@ -41,7 +42,7 @@ class Look:
     Dh: Reduction | None = None
     frozen: bool = False
     early: EarlyReduction | None = None
-    cut: bool = False
+    gated: bool = False
 
 
 def nothing_of(x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def nothing_of(x: Tensor) -> Tensor:
     return x.new_zeros(())
 
 
-LOSS_ALONE = Look(inputs=False, frozen=True, cut=True)
+LOSS_ALONE = Look(inputs=False, frozen=True, gated=True)
 
 
 @final
@@ -63,7 +64,6 @@ class Watch:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
         self.look_first(first)
-        self._cuts: bool | None = None  # whether graphs are cut in the pass that runs
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
         self._start: tuple[int, Rewind] | None = None
         self._replay: Iterator[Rewind] = iter(())
@@ -119,7 +119,7 @@ class Watch:
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
         """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
         outside = self._look, self._seen, self._token, self._batch, self._arrived, self.ran
-        self._look, self._replay, self._cuts = look, iter(replay), None
+        self._look, self._replay = look, iter(replay)
         self.forget()
         try:
             yield self._seen
@@ -133,7 +133,6 @@ class Watch:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing of the whole model
-        self._cuts = None
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if self._look.frozen:
             next(self._replay, _nothing)()
@@ -143,26 +142,20 @@ class Watch:
 
     def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
         """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
-        look = self._look
-        with_gradients = look is None or look.cut or look.Dh is not None
-        if torch.is_grad_enabled() != with_gradients or not h.numel():
+        look, with_gradients = self._look, torch.is_grad_enabled()
+        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or not h.numel():
             return None
-        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-            return None
-        if look is None or look.cut:
+        if look is not None and look.frozen:
             self.ran = True
-            return None if look is None else self._cut(h)
-        self._keep(look, layer, a, h)
+        if look is not None and look.gated:
+            return gated(h) if with_gradients else None
+        if with_gradients != (look is None or look.Dh is not None):
+            return None
+        if look is None:
+            self.ran = True
+        else:
+            self._keep(look, layer, a, h)
         return None
-
-    def _cut(self, h: Tensor) -> Tensor | None:
-        """``h`` as if nothing had come before it, unless something had before the first layer.
-
-        That is a graph of the user's own, who may ask for the gradient of an input.
-        """
-        if self._cuts is None:
-            self._cuts = not h.requires_grad
-        return _root(h) if self._cuts else None
 
     def _keep(self, look: Look, layer: Layer, a: Tensor, h: Tensor) -> None:
         """Keep of this use what is asked for."""
@@ -229,6 +222,8 @@ class Watch:
 
 def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
+    if reduction is nothing_of:
+        return nothing_of(x)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _reduced(reduction, layer, x)
@@ -252,26 +247,6 @@ def _has_no_gradient(layer: Layer) -> bool:
 
 def _nothing() -> None:
     """There is no random state to go back to."""
-
-
-@final
-class _Root(torch.autograd.Function):
-    """x itself, as if it had been computed from ``root``: what comes next may overwrite it, unlike a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _root(h: Tensor) -> Tensor:
-    """``h``, in the same memory, as the root of a new graph."""
-    root: Tensor = _Root.apply(h.detach(), torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return root
 
 
 def _remove(handles: list[Any]) -> None:

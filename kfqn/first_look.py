@@ -27,6 +27,7 @@ from kfqn.second_pass import unmoved_buffers
 from kfqn.seen import Seen
 
 _PART = 10  # the gap between steps that are learnt from is so manyth a part of those so far
+_PAIRS = 10  # the least gap between steps that H_G learns from, where others are judged
 
 
 def gap(k: int, interval: int) -> int:
@@ -37,6 +38,11 @@ def gap(k: int, interval: int) -> int:
     share = max(1, k // _PART)
     digits: int = 10 ** (len(str(share)) - 1)
     return min(interval, share // digits * digits)
+
+
+def pair_gap(k: int, interval: int) -> int:
+    """The same for steps from which H_G learns too, where the first ones are judged for their length."""
+    return min(interval, max(_PAIRS, gap(k, interval)))
 
 
 class LookingOptimizer(KroneckerOptimizer):
@@ -113,8 +119,8 @@ class LookingOptimizer(KroneckerOptimizer):
         self._start_G(state)
         return state
 
-    def _first_of(self, seen: LayersSeen, pairs: bool) -> dict[Layer, First]:
-        """What the first pass says of every layer, over all processes; of h̄ and Dh̄ only with ``pairs``."""
+    def _first_of(self, seen: LayersSeen, paired: set[Layer]) -> dict[Layer, First]:
+        """What the first pass says of every layer, over all processes; of these, h̄ and Dh̄ too."""
         layers, like = self._layers, self._layers[0].empty()
         cut = {layer: self._inputs(layer) for layer in layers}
         columns = {layer: (*inputs.groups, inputs.columns) for layer, inputs in cut.items()}
@@ -123,10 +129,10 @@ class LookingOptimizer(KroneckerOptimizer):
         again = {layer: record for layer, record in again.items() if record.uses}
         own = {(layer, "a"): self._mean_a(seen[layer]) for layer in again}
         shapes = {(layer, "a"): columns[layer] for layer in layers}
-        if pairs:
-            own |= {(layer, "h"): record.h() for layer, record in again.items() if record.has_h}
-            own |= {(layer, "Dh"): record.Dh() for layer, record in again.items() if record.has_h}
-            shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers}
+        shown = [layer for layer, record in again.items() if layer in paired and record.has_h]
+        own |= {(layer, "h"): again[layer].h() for layer in shown}
+        own |= {(layer, "Dh"): again[layer].Dh() for layer in shown}
+        shapes |= {(layer, key): rows[layer] for key in ("h", "Dh") for layer in layers if layer in paired}
         means = self._ranks.means(own, shapes, like)
         known = [layer for layer in layers if (layer, "a") in means]
         probes = {

@@ -40,6 +40,7 @@ class Memory:
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
     stepped: bool = False  # whether there was a step since the last second pass
     used_once: set[Layer] = field(default_factory=set)  # in the last pass that was learnt from
+    whole: bool = False  # whether no second pass can be run for its loss alone
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
 
 
@@ -101,9 +102,11 @@ class KroneckerOptimizer(UpdatingOptimizer):
             closure = closure if loss is not None else None
         seen = self._move(loss, closure)
         elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
-        if seen or (seen is not None and elsewhere):
-            self._learn(seen, closure)
-        self._watch.look_first(self._next_look())
+        try:
+            if seen or (seen is not None and elsewhere):
+                self._learn(seen, closure)
+        finally:  # the step has been taken
+            self._watch.look_first(self._next_look())
         return loss
 
     def _next_look(self) -> Look | None:

@@ -86,9 +86,7 @@ def _roots(squares: Tensor, rank: int) -> Tensor:
     traces = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
     norms = traces.sum(-1, keepdim=True).sqrt().expand_as(traces) / math.sqrt(rank)  # ‖P‖, (l, b)
     norms, size = norms.reshape(-1, 1, 1), traces.reshape(-1, 1, 1).clamp(min=numbers.tiny)
-    left = (
-        squares.flatten(0, 1) / size
-    )  # first by the trace: squares of entries may leave the range of the type
+    left = squares.flatten(0, 1) / size  # the norm of what is not near 1 might leave the range of the type
     of_left = torch.linalg.matrix_norm(left, keepdim=True).clamp(min=numbers.eps)
     root = left = left / of_left
     for k, (a, b, c) in enumerate(POLYNOMIALS):

@@ -84,18 +84,15 @@ class KFQN(SelfTuningOptimizer):
         inputs = self._inputs(layer)
         return self._H_G(state, inputs.times(DW, state["H_A"]))  # line 8
 
-    def _finished(self, directions: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
-        kinds = {group["max_factor_size"] for group in groups if group["automatic"]}
-        for largest in kinds:  # docs/decisions.md, 39
-            of_kind = [
-                i
-                for i, group in enumerate(groups)
-                if group["automatic"] and group["max_factor_size"] == largest
-            ]
-            found = orthogonalised([directions[i] for i in of_kind], largest)
-            for i, P in zip(of_kind, found, strict=True):
+    def _finish(self, directions: list[Tensor], groups: Sequence[Group]) -> None:
+        alike: dict[int | None, list[int]] = {}
+        for i, group in enumerate(groups):
+            if group["automatic"]:
+                alike.setdefault(group["max_factor_size"], []).append(i)
+        for largest, members in alike.items():
+            found = orthogonalised([directions[i] for i in members], largest)  # docs/decisions.md, 39
+            for i, P in zip(members, found, strict=True):
                 directions[i] = P
-        return directions
 
     def _probe(self, mean_a: Tensor, state: State) -> Tensor:
         return matvec(state["H_A"], mean_a)  # line 13, eq. (12)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfqn.factors import LayersSeen
+from kfqn.first_look import pair_gap
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
@@ -56,8 +57,9 @@ class Pending:
         self.D = self.gone = self.scheduled = self.share = 0.0
 
 
-def _at_interval(k: int, group: Group) -> bool:
-    return bool(k % group["curvature_interval"] == 0)
+def _is_paired(k: int, group: Group) -> bool:
+    """Whether H_G is to learn from step k of an automatic group."""
+    return k % pair_gap(k, group["curvature_interval"]) == 0
 
 
 class SelfTuningOptimizer(TwoPassOptimizer, ABC):
@@ -117,11 +119,20 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _is_due(self, k: int, group: Group) -> bool:
         judged = bool(self._automatic) and self._search.due
-        return judged or super()._is_due(k, group) or (group["automatic"] and _at_interval(k, group))
+        return judged or super()._is_due(k, group) or (group["automatic"] and _is_paired(k, group))
 
     def _pairs_due(self, k: int, group: Group) -> bool:
         """The first steps of an automatic group are judged more often than H_G learns from them."""
-        return _at_interval(k, group) if group["automatic"] else super()._pairs_due(k, group)
+        return _is_paired(k, group) if group["automatic"] else super()._pairs_due(k, group)
+
+    def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
+        """As everywhere; but the next step is the first, if this one shows no pairs of new factors."""
+        super()._reset(layers, seen, closure)
+        shown = self._watch.first is not None and self._watch.first.h is not None
+        for layer in layers:
+            group = self._group(layer)
+            if group["automatic"] and (not shown or layer in self._memory.broken):
+                group["k"] = -1
 
     def _rate(self, group: Group) -> float:
         return self._factor(group) * self._search.rate if group["automatic"] else super()._rate(group)

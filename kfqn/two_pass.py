@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +93,7 @@ class TwoPassOptimizer(LookingOptimizer):
         return self._look_at_inputs() if due else None
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
-        groups, look = {layer: self._group(layer) for layer in seen}, self._watch.first
+        groups = {layer: self._group(layer) for layer in seen}
         self._memory.used_once.clear()
         self._memory.used_once.update(layer for layer, record in seen.items() if len(record.uses) == 1)
         seen = {
@@ -109,11 +109,7 @@ class TwoPassOptimizer(LookingOptimizer):
             )
         with self._full_precision():
             self._firsts.clear()
-            firsts = self._first_of(seen, pairs=look is not None and look.h is not None)
-        for layer, first in firsts.items():
-            group = self._group(layer)
-            due = self._pairs_due(group["k"] - 1, group)
-            self._firsts[layer] = first if due else first._replace(h_Dh=None)
+            self._firsts.update(self._first_of(seen, self._paired()))
         starts = {use.start for record in seen.values() for use in record.uses if use.start is not None}
         if closure is not None:  # which runs as a whole from where it started
             starts.clear()
@@ -121,8 +117,30 @@ class TwoPassOptimizer(LookingOptimizer):
         for record in seen.values():
             record.let_go()
         if closure is not None and self._firsts:
-            with self.second_pass(self._memory.loss) as again:
+            self._look_again(closure)
+
+    def _paired(self) -> set[Layer]:
+        """The layers whose H_G is to learn from the step just taken, if its first pass shows h and Dh."""
+        if self._watch.first is None or self._watch.first.h is None:
+            return set()
+        groups = {layer: self._group(layer) for layer in self._layers}
+        return {layer for layer, group in groups.items() if self._pairs_due(group["k"] - 1, group)}
+
+    def _look_again(self, closure: Callable[[], Any]) -> None:
+        """The second pass of a closure, which need not be made for passes that are run for their loss alone.
+
+        If it fails in one, because it works with gradients itself, second passes are whole from now on.
+        """
+        firsts, memory = dict(self._firsts), self._memory
+        try:
+            with self.second_pass(memory.loss) as again:
                 again.loss = closure()
+        except Exception:
+            if memory.whole or any(first.h_Dh for first in firsts.values()):
+                raise
+            memory.whole = memory.stepped = True
+            self._firsts.update(firsts)
+            self._look_again(closure)
 
     @contextlib.contextmanager
     def second_pass(self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
@@ -144,6 +162,9 @@ class TwoPassOptimizer(LookingOptimizer):
         ``loss_scale`` is the factor that both passes' losses were multiplied with before ``backward``, that
         of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
 
+        Where only the loss is wanted, as mostly with an automatic step size, ``backward`` computes nothing,
+        and may be left out; `torch.autograd.grad` works as ever.
+
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, nothing ran inside, or a loss that is needed is missing.
         """
@@ -158,14 +179,16 @@ class TwoPassOptimizer(LookingOptimizer):
         self._firsts.clear()
         memory.stepped = self._watch.ran = False
         pairs = any(first.h_Dh for first in firsts.values())
-        look = replace(self._first_look, inputs=False, frozen=True) if pairs else LOSS_ALONE
+        whole = replace(self._first_look, inputs=False, frozen=True)
+        look = whole if pairs or memory.whole else LOSS_ALONE
         with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:
                 yield again
-                ran = bool(seen) if pairs else self._watch.ran
-        if firsts and not ran and self._ranks.size == 1:
+                ran = self._watch.ran
+        if firsts and not (seen if pairs else ran) and self._ranks.size == 1:
+            done = "computed no gradient" if ran else "ran no layer"
             raise RuntimeError(
-                "the second pass ran no layer, so the step was taken without learning from it: it must do "
+                f"the second pass {done}, so the step was taken without learning from it: it must do "
                 "the same as the first, in a closure as in second_pass()."
             )
         with torch.no_grad(), self._full_precision():
@@ -180,14 +203,12 @@ class TwoPassOptimizer(LookingOptimizer):
         return True
 
     def _learn_from(self, firsts: dict[Layer, First], seen: LayersSeen, loss_scale: float) -> None:
-        """Lines 11 to 18 of Algorithm 2 for every layer that both passes have shown."""
-        means: dict[Any, Tensor] = {}
-        if any(first.h_Dh for first in firsts.values()):
-            own = {(layer, "h"): record.h() for layer, record in seen.items()}
-            own |= {(layer, "Dh"): record.Dh() for layer, record in seen.items()}
-            rows = {
-                (layer, key): (*layer.groups, layer.rows) for layer in self._layers for key in ("h", "Dh")
-            }
+        """Lines 11 to 14 of Algorithm 2 for every layer, 15 to 18 for those with pairs."""
+        paired, means = [layer for layer, first in firsts.items() if first.h_Dh], {}
+        if paired:
+            own = {(layer, "h"): seen[layer].h() for layer in paired if layer in seen}
+            own |= {(layer, "Dh"): seen[layer].Dh() for layer in paired if layer in seen}
+            rows = {(layer, key): (*layer.groups, layer.rows) for layer in paired for key in ("h", "Dh")}
             means = self._ranks.means(own, rows, self._layers[0].empty())
         for layers in self._alike([layer for layer in firsts if self.state.get(layer.weight)]):
             self._learn_together(layers, firsts, means, loss_scale)

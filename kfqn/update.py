@@ -3,7 +3,7 @@
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from kfqn.layers import Layer, average_DW_
 from kfqn.moves import Move, judged
 
 Average = Callable[[Layer, Sequence[Tensor], State, Group], Tensor]
+
+
+_SMALL = 2**16  # numbers in the weights that are worked on together
+
+
+def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Runs of layers that are small, for fewer calls; a large one alone, because of memory."""
+    some: list[Layer] = []
+    size = 0
+    for layer in layers:
+        n = sum(p.numel() for p in layer.parameters())
+        if some and size + n > _SMALL:
+            yield some
+            some, size = [], 0
+        some.append(layer)
+        size += n
+    if some:
+        yield some
 
 
 class UpdatingOptimizer(FactoredOptimizer):
@@ -43,9 +61,8 @@ class UpdatingOptimizer(FactoredOptimizer):
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         """P in W ← W − α P, (*g, I, C), from D̂W."""
 
-    def _finished(self, directions: list[Tensor], groups: Sequence[Group]) -> list[Tensor]:
-        """What becomes of all P of a step, given the group of each."""
-        return directions
+    def _finish(self, directions: list[Tensor], groups: Sequence[Group]) -> None:
+        """Put in the places of several P, given the group of each, what becomes of them."""
 
     def _momentum(self, group: Group) -> float:
         """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
@@ -103,17 +120,18 @@ class UpdatingOptimizer(FactoredOptimizer):
         gradients = [layer.gradients() for layer in layers]
 
         def of(given: Sequence[Tensor]) -> list[Tensor]:
-            averages, directions, rest = [], [], iter(given)
-            for layer, state, own in zip(layers, states, gradients, strict=True):
-                group = groups[self._places[layer]]
-                DW = (average or self._average)(layer, [*itertools.islice(rest, len(own))], state, group)
-                averages.append(DW)
-                directions.append(self._direction(DW, layer, state, group))
-            directions = self._finished(directions, [groups[self._places[layer]] for layer in layers])
-            results = []
-            for layer, DW, P in zip(layers, averages, directions, strict=True):
-                norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-                results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+            results, rest = [], iter(given)
+            for some in _small_together(layers):
+                averages, directions = [], []
+                for layer in some:
+                    own = [*itertools.islice(rest, len(layer.gradients()))]
+                    state, group = self.state[layer.weight], groups[self._places[layer]]
+                    averages.append((average or self._average)(layer, own, state, group))
+                    directions.append(self._direction(averages[-1], layer, state, group))
+                self._finish(directions, [groups[self._places[layer]] for layer in some])
+                for layer, DW, P in zip(some, averages, directions, strict=True):
+                    norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
+                    results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
             return results
 
         given = [*itertools.chain(*gradients)]

@@ -30,6 +30,7 @@ ORDER = [
     "closures",
     "second_pass",
     "seen",
+    "gate",
     "capture",
     "ranks",
     "groups",

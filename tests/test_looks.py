@@ -10,11 +10,14 @@ from cases import AUTOMATIC, batches, closure, odd_cnn
 from test_cadence import LEARNT
 from test_contract import Noisy, snapshot, train, unchanged
 from test_doors import Checkpointed
+from test_torch import DYNAMO
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
 from kfqn.capture import LOSS_ALONE
+from kfqn.first_look import pair_gap
 from kfqn.second_pass import random_state, second_pass
 
 INTERVAL = 3
@@ -94,43 +97,198 @@ def test_the_loss_is_the_same_to_the_bit_for_the_operations_of_a_forward_pass(ma
     assert not seen
 
 
-def adversarial(model, optimizer, x, target):
-    """A closure that asks for the gradient of its input, as adversarial training does."""
+class Parts(nn.Module):
+    """A body and a head, and a condition that enters first and goes around them."""
 
-    def evaluate():
-        optimizer.zero_grad()
-        near = x.clone().requires_grad_()
-        (direction,) = torch.autograd.grad(F.cross_entropy(model(near), target), near)
-        clean = F.cross_entropy(model(x), target)
-        loss = clean + F.cross_entropy(model(x + 0.1 * direction.sign()), target)
-        loss.backward()
-        return loss
+    def __init__(self):
+        super().__init__()
+        self.condition, self.head = nn.Linear(5, 3), nn.Linear(8, 3)
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(inplace=True))
 
-    return evaluate
+    def forward(self, x, c):
+        return self.condition(c) + self.head(self.body(x)) + x[:, :3]
 
 
-def penalised(model, optimizer, x, target):
-    """A closure whose loss has the gradient of its input in it."""
-
-    def evaluate():
-        optimizer.zero_grad()
-        near = x.clone().requires_grad_()
-        loss = F.cross_entropy(model(near), target)
-        (gradient,) = torch.autograd.grad(loss, near, create_graph=True)
-        loss = loss + gradient.square().sum()
-        loss.backward()
-        return loss
-
-    return evaluate
+def adversarial(model, x, target):
+    near = x.clone().requires_grad_()
+    (direction,) = torch.autograd.grad(F.cross_entropy(model(near, x), target), near)
+    return F.cross_entropy(model(x, x), target) + F.cross_entropy(model(x + direction.sign(), x), target)
 
 
-@pytest.mark.parametrize("kind", [adversarial, penalised])
-def test_the_gradient_of_an_input_may_be_asked_for(make, kind):
-    model, (batch, *_) = odd_cnn(), batches((2, 6, 6), 2)
+def adversarial_by_parts(model, x, target, clean_first=True):
+    near, clean = x.clone().requires_grad_(), 0.0
+    if clean_first:
+        clean = F.cross_entropy(model.head(model.body(x)), target)
+    (direction,) = torch.autograd.grad(F.cross_entropy(model.head(model.body(near)), target), near)
+    return clean + F.cross_entropy(model.head(model.body(x + direction.sign())), target)
+
+
+def penalised(model, x, target):
+    near = x.clone().requires_grad_()
+    loss = F.cross_entropy(model(near, x), target)
+    (gradient,) = torch.autograd.grad(loss, near, create_graph=True)
+    return loss + 10 * gradient.square().sum()
+
+
+def penalised_inside(model, x, target):
+    hidden = model.body(x)
+    loss = F.cross_entropy(model.head(hidden), target)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    return loss + 10 * gradient.square().sum()
+
+
+def tangent(model, x, target):
+    with forward_ad.dual_level():
+        output, change = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)), x))
+        return F.cross_entropy(output, target) + 0.1 * change.square().mean()
+
+
+def with_unused(model, x, target):
+    model.condition(x.clone().requires_grad_())
+    return F.cross_entropy(model.head(model.body(x)), target)
+
+
+KINDS = {
+    "adversarial": adversarial,
+    "by parts": adversarial_by_parts,
+    "by parts, without the clean loss": partial(adversarial_by_parts, clean_first=False),
+    "penalised": penalised,
+    "penalised inside": penalised_inside,
+    "forward mode": tangent,
+    "a layer for nothing": with_unused,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch's forward mode uses
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_may_have_gradients_in_it(make, kind):
+    """It is to the bit what a pass of which all is kept would tell, and with it are all steps."""
+    model, data = Parts(), batches((5,), 12)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    theirs._memory.whole = True
+    for x, target in data:
+        for net, own in ((model, optimizer), (twin, theirs)):
+
+            def evaluate(net=net, own=own, x=x, target=target):
+                own.zero_grad()
+                loss = KINDS[kind](net, x, target)
+                loss.backward()
+                return loss
+
+            own.step(evaluate)
+    assert not optimizer._memory.whole
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def kept(model, x, target):
+    """A closure that looks at the gradient of what is hidden."""
+    hidden = model.body(x)
+    hidden.retain_grad()
+    loss = F.cross_entropy(model.head(hidden), target)
+    loss.backward()
+    assert hidden.grad.norm() > 0
+    return loss.detach()
+
+
+def split(model, x, target):
+    """A closure that calls backward for each half of the model."""
+    hidden = model.body(x)
+    leaf = hidden.detach().requires_grad_()
+    loss = F.cross_entropy(model.head(leaf), target)
+    loss.backward()
+    hidden.backward(leaf.grad)
+    return loss.detach()
+
+
+@pytest.mark.parametrize("kind", [kept, split])
+def test_a_closure_that_works_with_gradients_has_whole_passes(make, kind):
+    model, data = Parts(), batches((5,), 12)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    theirs._memory.whole = True
+    for x, target in data:
+        for net, own in ((model, optimizer), (twin, theirs)):
+
+            def evaluate(net=net, own=own, x=x, target=target):
+                own.zero_grad()
+                return kind(net, x, target)
+
+            own.step(evaluate)
+    assert optimizer._memory.whole
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_a_closure_that_fails_anyway_says_why(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 4)
+    optimizer, calls = make(model), []
+
+    def evaluate(x, target):
+        calls.append(x)
+        if len(calls) > 1:
+            raise ZeroDivisionError("of the user's own")
+        return closure(model, optimizer, x, target)()
+
+    train(model, optimizer, data[:2])
+    with pytest.raises(ZeroDivisionError, match="of the user's own"):
+        optimizer.step(partial(evaluate, *data[2]))
+    train(model, optimizer, data[3:])
+    assert optimizer.diagnostics()["0"]["steps"] == 4
+
+
+def test_hooks_of_the_users_own_may_come_before(make):
+    """They have saved what the layers give, which nobody may overwrite then."""
+    model, data, given = odd_cnn(), batches((2, 6, 6), 6), []
+    for module in (model[0], model[2]):
+        module.register_forward_hook(lambda module, args, h: given.append(h.pow(2).mean()))
+    model[1].inplace = model[3].inplace = False
     optimizer = make(model)
-    losses = [optimizer.step(kind(model, optimizer, *batch)).item() for _ in range(30)]
-    assert losses[-1] < 0.5 * losses[0]
-    assert optimizer.diagnostics()["0"]["A taken"] > 10
+
+    def evaluate(x, target):
+        given.clear()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target) + sum(given)
+        loss.backward()
+        return loss
+
+    for batch in data:
+        optimizer.step(partial(evaluate, *batch))
+    assert optimizer.diagnostics()["0"]["A taken"] == 6
+
+
+def test_a_loop_of_ones_own_needs_no_gradients_for_the_loss_alone(make):
+    model, data = odd_cnn(), batches((2, 6, 6), 12)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    for k, (x, target) in enumerate(data):
+        train(model, optimizer, [(x, target)])
+        theirs.zero_grad()
+        loss = F.cross_entropy(twin(x), target)
+        loss.backward()
+        theirs.step()
+        with theirs.second_pass(loss) as again:
+            again.loss = F.cross_entropy(twin(x), target)
+            if k % 10 == 0:
+                again.loss.backward()
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+@pytest.mark.parametrize("run", ["without backward", "without gradients", "nothing"])
+def test_a_pair_without_gradients_is_an_error(make, run):
+    model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
+    optimizer = make(model)
+    loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    optimizer.step()
+
+    def again():
+        with optimizer.second_pass(loss), torch.set_grad_enabled(run == "without backward"):
+            if run != "nothing":
+                model(x)
+
+    done = "ran no layer" if run == "nothing" else "computed no gradient"
+    with pytest.raises(RuntimeError, match=f"the second pass {done}"):
+        again()
 
 
 def test_masks_and_micro_batches_are_those_of_the_first_pass_through_both_doors(make):
@@ -176,9 +334,10 @@ def test_activation_checkpointing_changes_nothing(make, reentrant):
         train(plain, optimizer, [(x, target)])
         train(model, theirs, [(x, target)])
     assert unchanged(snapshot(plain, optimizer), snapshot(model, theirs))
+    assert theirs._memory.whole == optimizer._memory.whole == False  # noqa: E712
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@DYNAMO
 def test_a_compiled_model_is_judged_as_it_is_without(make):
     torch._dynamo.reset()
     model, data = odd_cnn(), batches((2, 6, 6), 6)
@@ -200,15 +359,34 @@ def test_a_group_with_a_number_learns_all_at_every_step_that_is_due(make):
     assert counts["0"]["G taken"] + counts["0"]["G skipped"] == 2
 
 
-def test_factors_that_break_at_a_step_without_a_pair_start_anew(make):
-    model, data = odd_cnn(), batches((2, 6, 6), 8)
-    optimizer = make(model)
-    train(model, optimizer, data[:4])
+@pytest.mark.filterwarnings("ignore:.* start anew:RuntimeWarning")
+@pytest.mark.parametrize("k", [4, 25, 10])
+def test_factors_that_start_anew_get_a_pair_as_soon_as_that_can_be(make, k):
+    """In the step after, when the layer starts from inputs that are there."""
+    model, data = odd_cnn(), batches((2, 6, 6), k + 4)
+    optimizer, pairs = make(model, groups=[{"modules": "0"}]), []
+    train(model, optimizer, data[:k])
+    while optimizer._search.due:
+        train(model, optimizer, data[:1])
     optimizer.state[model[0].weight]["H_A"].fill_(float("nan"))
-    with pytest.warns(RuntimeWarning, match="start anew"):
-        train(model, optimizer, data[4:])
+    for batch in data[k:]:
+        before = judged(optimizer.diagnostics()["0"])
+        train(model, optimizer, [batch])
+        now = judged(optimizer.diagnostics()["0"])
+        pairs.append(sum(now[key] - before[key] for key in now if key[0] == "G"))
     assert optimizer.diagnostics()["0"]["resets"] == 1
     assert torch.isfinite(optimizer.state[model[0].weight]["H_A"]).all()
+    assert pairs[:2] == [0, 1]
+    assert sum(pairs) == 1
+
+
+@pytest.mark.parametrize("interval", [1, 7, 10, 40, 200, 1000])
+def test_pairs_come_at_the_interval_or_where_that_is_long_at_every_tenth_step_first(interval):
+    gaps = [pair_gap(k, interval) for k in range(5000)]
+    assert gaps[0] == gaps[99] == min(interval, 10)
+    assert gaps[150] == min(interval, 10)
+    assert gaps[450] == min(interval, 40)
+    assert gaps[4999] == min(interval, 400)
 
 
 def test_a_model_that_is_not_run_as_a_whole_is_judged_too(make):

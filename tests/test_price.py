@@ -106,19 +106,33 @@ def peak_bytes(step):
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
 
 
+@pytest.mark.parametrize("interval", [1, 10], ids=["whole", "for the loss alone"])
 @pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
-def test_a_step_with_a_second_pass_peaks_where_sgds_does(method):
+def test_a_step_with_a_second_pass_peaks_where_sgds_does(method, interval):
     """It holds neither inputs nor a copy of the parameters: with either it is at 1.4 times as much."""
     torch.manual_seed(0)
     model = all_cnn_c(10, width=16)
     unwatched = copy.deepcopy(model)
     batch = torch.randn(64, 3, 32, 32), torch.randint(10, (64,)), F.cross_entropy
-    optimizer, sgd = method(model), torch.optim.SGD(unwatched.parameters(), lr=1e-3)
+    optimizer = method(model, curvature_interval=interval)
+    sgd = torch.optim.SGD(unwatched.parameters(), lr=1e-3)
     ours, theirs = (kfqn.closure(net, *batch) for net in (model, unwatched))
     for _ in range(2):
         optimizer.step(ours)
         sgd.step(theirs)
     assert peak_bytes(lambda: optimizer.step(ours)) < 1.1 * peak_bytes(lambda: sgd.step(theirs))
+
+
+@pytest.mark.parametrize("lr", [0.1, "auto"])
+def test_directions_take_the_memory_of_the_weights_once(lr):
+    """On the way to them that of a layer or some small ones is held: all together took 9 times as much."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(40)))
+    optimizer, x = kfqn.KFBFGS(model, lr=lr, max_factor_size=256), torch.randn(4, 256)
+    optimizer.step(kfqn.closure(model, x, x, F.mse_loss))
+    F.mse_loss(model(x), x).backward()
+    with torch.no_grad():
+        peak = peak_bytes(lambda: optimizer._moves(optimizer._layers))
+    assert peak < 1.3 * sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize(
