@@ -79,6 +79,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
         its random numbers from torch; all runs but the first leave no trace in the model
         (`kfqn.second_pass`): no parameter of it requires a gradient in them, and ``.grad`` is None, so a
         term of the loss that depends on parameters alone has to be added to the rest before ``backward``.
+        With an automatic step size most are run for the loss alone, and ``backward`` computes nothing then.
         Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
         layer that the batch gives no gradient is left as it is.
 

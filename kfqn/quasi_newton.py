@@ -190,8 +190,9 @@ class KFBFGS(KFQN):
             rates of the paper's grid train (`docs/results.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
-            gaps of about a tenth of the steps so far. With an automatic ``lr`` these steps are judged by a
-            forward pass alone, from which H_A learns and H_G does not. 1 is the paper's method to the
+            gaps of about a tenth of the steps so far. With an automatic ``lr`` H_G is taught by every
+            ``curvature_interval``-th step only (at first by every tenth, if that is more), the other young
+            ones teach H_A and are judged, which costs a forward pass. 1 is the paper's method to the
             letter; 10 costs little more than one pass a step (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;

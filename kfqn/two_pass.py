@@ -163,7 +163,7 @@ class TwoPassOptimizer(LookingOptimizer):
         of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
 
         Where only the loss is wanted, as mostly with an automatic step size, ``backward`` computes nothing,
-        and may be left out; `torch.autograd.grad` works as ever.
+        and no ``.grad`` is there inside; `torch.autograd.grad` works as ever.
 
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, nothing ran inside, or a loss that is needed is missing.

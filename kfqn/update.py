@@ -119,20 +119,22 @@ class UpdatingOptimizer(FactoredOptimizer):
         groups = {place: lasting(self.param_groups[place]) for place in {*self._places.values()}}
         gradients = [layer.gradients() for layer in layers]
 
-        def of(given: Sequence[Tensor]) -> list[Tensor]:
-            results, rest = [], iter(given)
-            for some in _small_together(layers):
-                averages, directions = [], []
-                for layer in some:
-                    own = [*itertools.islice(rest, len(layer.gradients()))]
-                    state, group = self.state[layer.weight], groups[self._places[layer]]
-                    averages.append((average or self._average)(layer, own, state, group))
-                    directions.append(self._direction(averages[-1], layer, state, group))
-                self._finish(directions, [groups[self._places[layer]] for layer in some])
-                for layer, DW, P in zip(some, averages, directions, strict=True):
-                    norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-                    results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+        def of_some(some: Sequence[Layer], rest: Iterator[Tensor]) -> list[Tensor]:
+            averages, directions, results = [], [], []
+            for layer in some:
+                own = [*itertools.islice(rest, len(layer.gradients()))]
+                state, group = self.state[layer.weight], groups[self._places[layer]]
+                averages.append((average or self._average)(layer, own, state, group))
+                directions.append(self._direction(averages[-1], layer, state, group))
+            self._finish(directions, [groups[self._places[layer]] for layer in some])
+            for layer, DW, P in zip(some, averages, directions, strict=True):
+                norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
+                results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
             return results
+
+        def of(given: Sequence[Tensor]) -> list[Tensor]:
+            rest = iter(given)
+            return [x for some in _small_together(layers) for x in of_some(some, rest)]
 
         given = [*itertools.chain(*gradients)]
         with self._full_precision():
