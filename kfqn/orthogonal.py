@@ -28,7 +28,6 @@ class _Part(NamedTuple):
 
     pieces: Tensor
     squares: Tensor
-    tall: bool
     rank: int  # the number of singular values of all pieces together
 
 
@@ -43,7 +42,7 @@ def orthogonalised(directions: Sequence[Tensor], largest: int | None) -> list[Te
     cuts = [_cut(P, largest) for P in directions]
     parts = [_part(P, cut) for P, cut in zip(directions, cuts, strict=True)]
     alike: dict[Any, list[int]] = {}
-    for i, (_, squares, _, rank) in enumerate(parts):
+    for i, (_, squares, rank) in enumerate(parts):
         alike.setdefault((squares.shape, squares.dtype, squares.device, rank), []).append(i)
     results = [*directions]
     for members in alike.values():
@@ -64,9 +63,9 @@ def _cut(P: Tensor, largest: int | None) -> Blocks | None:
 def _part(P: Tensor, cut: Blocks | None) -> _Part:
     if cut is None:
         pieces = P.reshape(-1, *P.shape[-2:])
-        return _Part(pieces, pieces.mT @ pieces, True, len(pieces) * P.shape[-1])
+        return _Part(pieces, pieces.mT @ pieces, len(pieces) * P.shape[-1])
     pieces = cut.split(P, -2).reshape(-1, cut.size, P.shape[-1])
-    return _Part(pieces, pieces @ pieces.mT, False, P.shape[:-1].numel())
+    return _Part(pieces, pieces @ pieces.mT, P.shape[:-1].numel())
 
 
 def _put_together(part: _Part, root: Tensor, cut: Blocks | None, P: Tensor) -> Tensor:
