@@ -59,7 +59,8 @@ def looking(method: Method, model: nn.Module) -> torch.optim.Optimizer:
 
     def stay_young(*_: object) -> None:
         for group in optimizer.param_groups:
-            group["k"] = min(group["k"], 1)
+            if "k" in group:  # not one of other parameters
+                group["k"] = min(group["k"], 1)
 
     optimizer.register_step_pre_hook(stay_young)
     return optimizer
