@@ -159,10 +159,8 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch's forward mode uses
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_may_have_gradients_in_it(make, kind):
-    """It is to the bit what a pass of which all is kept would tell, and with it are all steps."""
+def is_whole_in_the_end(make, compute):
+    """Train with closures that compute and call backward; the steps are those with whole second passes."""
     model, data = Parts(), batches((5,), 12)
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
@@ -172,13 +170,24 @@ def test_a_loss_may_have_gradients_in_it(make, kind):
 
             def evaluate(net=net, own=own, x=x, target=target):
                 own.zero_grad()
-                loss = KINDS[kind](net, x, target)
-                loss.backward()
-                return loss
+                return compute(net, x, target)
 
             own.step(evaluate)
-    assert not optimizer._memory.whole
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    return optimizer._memory.whole
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch's forward mode uses
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_may_have_gradients_in_it(make, kind):
+    """It is to the bit what a pass of which all is kept would tell, and with it are all steps."""
+
+    def compute(*batch):
+        loss = KINDS[kind](*batch)
+        loss.backward()
+        return loss
+
+    assert not is_whole_in_the_end(make, compute)
 
 
 def kept(model, x, target):
@@ -203,20 +212,7 @@ def split(model, x, target):
 
 @pytest.mark.parametrize("kind", [kept, split])
 def test_a_closure_that_works_with_gradients_has_whole_passes(make, kind):
-    model, data = Parts(), batches((5,), 12)
-    twin = copy.deepcopy(model)
-    optimizer, theirs = make(model), make(twin)
-    theirs._memory.whole = True
-    for x, target in data:
-        for net, own in ((model, optimizer), (twin, theirs)):
-
-            def evaluate(net=net, own=own, x=x, target=target):
-                own.zero_grad()
-                return kind(net, x, target)
-
-            own.step(evaluate)
-    assert optimizer._memory.whole
-    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    assert is_whole_in_the_end(make, kind)
 
 
 def test_a_closure_that_fails_anyway_says_why(make):
