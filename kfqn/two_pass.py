@@ -131,12 +131,13 @@ class TwoPassOptimizer(LookingOptimizer):
 
         If it fails in one, because it works with gradients itself, second passes are whole from now on.
         """
-        firsts, memory = dict(self._firsts), self._memory
+        firsts, memory, returned = dict(self._firsts), self._memory, False
         try:
             with self.second_pass(memory.loss) as again:
                 again.loss = closure()
+                returned = True
         except Exception:
-            if memory.whole or any(first.h_Dh for first in firsts.values()):
+            if returned or memory.whole or any(first.h_Dh for first in firsts.values()):
                 raise
             memory.whole = memory.stepped = True
             self._firsts.update(firsts)

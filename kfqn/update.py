@@ -117,12 +117,12 @@ class UpdatingOptimizer(FactoredOptimizer):
         """P of every layer, with ⟨P, D̂W⟩, ‖P‖, ‖D̂W‖ and the norms of its parameters as one tensor."""
         states = [self.state[layer.weight] for layer in layers]
         groups = {place: lasting(self.param_groups[place]) for place in {*self._places.values()}}
-        gradients = [layer.gradients() for layer in layers]
+        gradients = {layer: layer.gradients() for layer in layers}
 
         def of_some(some: Sequence[Layer], rest: Iterator[Tensor]) -> list[Tensor]:
             averages, directions, results = [], [], []
             for layer in some:
-                own = [*itertools.islice(rest, len(layer.gradients()))]
+                own = [*itertools.islice(rest, len(gradients[layer]))]
                 state, group = self.state[layer.weight], groups[self._places[layer]]
                 averages.append((average or self._average)(layer, own, state, group))
                 directions.append(self._direction(averages[-1], layer, state, group))
@@ -136,7 +136,7 @@ class UpdatingOptimizer(FactoredOptimizer):
             rest = iter(given)
             return [x for some in _small_together(layers) for x in of_some(some, rest)]
 
-        given = [*itertools.chain(*gradients)]
+        given = [*itertools.chain(*gradients.values())]
         with self._full_precision():
             if average is not None:  # a rare step back
                 found: Sequence[Tensor] = of(given)

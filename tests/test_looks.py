@@ -10,6 +10,7 @@ from cases import AUTOMATIC, batches, closure, odd_cnn
 from test_cadence import LEARNT
 from test_contract import Noisy, snapshot, train, unchanged
 from test_doors import Checkpointed
+from test_self_tuning import by_hand
 from test_torch import DYNAMO
 from torch import nn
 from torch.autograd import forward_ad
@@ -258,14 +259,7 @@ def test_a_loop_of_ones_own_needs_no_gradients_for_the_loss_alone(make):
     optimizer, theirs = make(model), make(twin)
     for k, (x, target) in enumerate(data):
         train(model, optimizer, [(x, target)])
-        theirs.zero_grad()
-        loss = F.cross_entropy(twin(x), target)
-        loss.backward()
-        theirs.step()
-        with theirs.second_pass(loss) as again:
-            again.loss = F.cross_entropy(twin(x), target)
-            if k % 10 == 0:
-                again.loss.backward()
+        by_hand(twin, theirs, x, target, gradients=k % 10 == 0)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
