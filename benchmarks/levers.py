@@ -20,6 +20,7 @@ from torch.nn.grad import conv2d_weight
 
 from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
 from kfqn.inputs import Inputs
+from kfqn.orthogonal import orthogonalised
 from kfqn.race.train import conditions_of
 from kfqn.rules import layers_of
 from kfqn.secant import bfgs_update_
@@ -60,6 +61,19 @@ def product_by_block(inputs: Inputs, V: Tensor, H: Tensor) -> Tensor:
         columns = slice(n * width, (n + 1) * width + last)
         P[:, columns] = V[:, columns] @ H_n[: width + last, : width + last]
     return P
+
+
+def orthogonalised_in_bfloat16(P: Tensor) -> Tensor:
+    """All products of matrices in half the bytes, as Muon's are."""
+    (found,) = orthogonalised([P.bfloat16()], 256)
+    return found.float()
+
+
+def rounded_inside(way: Callable[[], object]) -> None:
+    """The same where torch may round what goes into a product of matrices."""
+    torch.set_float32_matmul_precision("medium")
+    way()
+    torch.set_float32_matmul_precision("highest")
 
 
 def averaged_as_a_matrix(average: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,6 +128,10 @@ def main() -> None:
     blocks, V, H_A = wide.inputs.in_blocks(257), torch.randn(4096, 4097), torch.randn(16, 257, 257)
     for product in (product_with_copies, product_by_block):
         torch.testing.assert_close(product(blocks, V, H_A), blocks.times(V, H_A), rtol=1e-3, atol=0.1)
+    P = V[:, :-1].contiguous()
+    torch.testing.assert_close(
+        orthogonalised_in_bfloat16(P), *orthogonalised([P], 256), rtol=0, atol=0.1 * P.std().item()
+    )
     for p in wide.parameters():
         p.grad = torch.randn_like(p)
     DW, (dw, db) = wide.DW(wide.gradients()), wide.gradients()
@@ -126,6 +144,10 @@ def main() -> None:
         "D̂W H_A in 16 blocks, cut and joined": lambda: product_with_copies(blocks, V, H_A),
         "D̂W H_A in 16 blocks, copied to their places": lambda: product_by_block(blocks, V, H_A),
         "D̂W H_A in 16 blocks, written in place (kept)": lambda: blocks.times(V, H_A),
+        "D̂W H_A in 16 blocks, float32 products rounded": lambda: rounded_inside(lambda: blocks.times(V, H_A)),
+        "4096 × 4096 orthogonalised (kept)": lambda: orthogonalised([P], 256),
+        "4096 × 4096 orthogonalised, rounded": lambda: rounded_inside(lambda: orthogonalised([P], 256)),
+        "4096 × 4096 orthogonalised in bfloat16": lambda: orthogonalised_in_bfloat16(P),
         "D̂W averaged from DW as a matrix": lambda: averaged_as_a_matrix(V, dw, db),
         "D̂W averaged part by part (kept)": lambda: wide.average_DW(V, wide.gradients(), 0.9, 0.0),
         "whether DW is finite, by its largest entry": lambda: torch.linalg.vector_norm(DW, math.inf),
