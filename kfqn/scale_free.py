@@ -5,15 +5,23 @@ percent each time. Running statistics of BatchNorm, averages over steps, then la
 and one day W overflows. So ‖W‖ is kept.
 
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
+
+A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``), and the
+norm that is kept, or 0 (``norms``).
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kfqn.groups import Group
 from kfqn.layers import Layer
+
+ByGroup = Sequence[tuple[Group, Sequence[Layer]]]
 
 DECAY = 0.9  # of the average, a judged step
 NOTHING = 0.05  # below this there is nothing along W, not even by chance
@@ -31,6 +39,54 @@ def along(n: int, inner: float, norm_W: float, norm: float) -> float:
 def averaged(average: float, found: float) -> float:
     """With what one batch has shown, at most 1; a gradient that is zero, NaN here, shows nothing."""
     return DECAY * average + (1 - DECAY) * min(found, 1.0) if found >= 0 else average
+
+
+def towards_W(groups: ByGroup, before: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    """⟨W, ∇f⟩ of every parameter, and then ‖∇f‖ of every one; NaN of one that did not move.
+
+    ``before`` has the weights that ∇f belongs to.
+    """
+    parameters = [p for _, layers in groups for layer in layers for p in layer.parameters()]
+    like = next(layer.empty() for _, layers in groups for layer in layers)
+    moved = {p: p.grad for p in parameters if p in before and p.grad is not None}
+    norms = torch._foreach_norm([*moved.values()], 2, like.dtype) if moved else ()
+    length, unknown = dict(zip(moved, norms, strict=True)), like.new_full((), math.nan)
+    inner = {
+        p: torch.linalg.vecdot(before[p].flatten().to(like), gradient.flatten().to(like))
+        for p, gradient in moved.items()
+    }
+    return [of.get(p, unknown) for of in (inner, length) for p in parameters]
+
+
+def note_along(groups: ByGroup, norms_W: Mapping[Layer, float], found: Sequence[float]) -> None:
+    """Take in `towards_W`, as numbers, given ‖W‖ of the layers that moved."""
+    inner, length = iter(found[: len(found) // 2]), iter(found[len(found) // 2 :])
+    for group, layers in groups:
+        before, now = group["along"] or (1.0,) * len(layers), []
+        for layer in layers:
+            n, count = sum(p.numel() for p in layer.parameters()), len(layer.parameters())
+            towards = sum(itertools.islice(inner, count))
+            norm = math.hypot(*itertools.islice(length, count))
+            now.append(along(n, towards, norms_W.get(layer, 0.0), norm))
+        group["along"] = tuple(map(averaged, before, now))
+
+
+def keep_norms(groups: ByGroup, before: Mapping[Layer, float]) -> None:
+    """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W.
+
+    ``before`` has that of the layers that moved, before they did.
+    """
+    kept: dict[Layer, float] = {}
+    for group, layers in groups:
+        found = []
+        averages = group["along"] or (1.0,) * len(layers)
+        norms = group["norms"] or (0.0,) * len(layers)
+        for layer, average, norm in zip(layers, averages, norms, strict=True):
+            found.append((norm or before.get(layer, 0.0)) if average < NOTHING else 0.0)
+            if found[-1] and layer in before:
+                kept[layer] = found[-1]
+        group["norms"] = tuple(found)
+    keep_norms_(kept)
 
 
 def keep_norms_(norms: Mapping[Layer, float]) -> None:

@@ -1,6 +1,5 @@
 """Steps whose size is found on the way: a step with a second pass is judged, and taken back if bad."""
 
-import itertools
 import math
 import statistics
 from abc import ABC
@@ -16,7 +15,7 @@ from kfqn.first_look import pair_gap
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
-from kfqn.scale_free import NOTHING, along, averaged, keep_norms_
+from kfqn.scale_free import ByGroup, keep_norms, note_along, towards_W
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
@@ -42,7 +41,7 @@ class Pending:
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     norms: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
-    towards_W: list[Tensor] = field(default_factory=list)  # gradients, as `_towards_W` says
+    towards_W: list[Tensor] = field(default_factory=list)  # gradients, as `kfqn.scale_free.towards_W` says
     D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler and patience make of α
@@ -194,12 +193,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 self.state[layer.weight]["last"][0].zero_()
         super()._update(layers, moves, seen, closure)
         norms = {layer: move.norm_W for layer, move in moves.items() if move.sound}
-        self._keep_norms(norms)
+        keep_norms(self._by_group, norms)
         self._search = stepped(self._search, judged)
         if judged:
             self._pending.slopes.extend(self._slopes())
             self._pending.norms.update(norms)
-            self._pending.towards_W.extend(self._towards_W())
+            self._pending.towards_W.extend(towards_W(self._by_group, self._pending.before))
 
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """As everywhere; P then is the place where W is kept, should it have to be put back."""
@@ -227,50 +226,13 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         slope, decayed, rest = (torch.stack(terms).sum() for terms in (of_loss, of_decay, of_rest))
         return [slope, slope + decayed, slope + rest]
 
-    def _towards_W(self) -> list[Tensor]:
-        """⟨W, ∇f⟩ of every automatic parameter, and then ‖∇f‖ of every one; NaN of one that did not move."""
-        like, before = self._layers[0].empty(), self._pending.before
-        parameters = [p for group in self._automatic for p in group["params"]]
-        moved = {p: p.grad for p in parameters if p in before and p.grad is not None}
-        norms = torch._foreach_norm([*moved.values()], 2, like.dtype) if moved else ()
-        length, unknown = dict(zip(moved, norms, strict=True)), like.new_full((), math.nan)
-        inner = {
-            p: torch.linalg.vecdot(before[p].flatten().to(like), gradient.flatten().to(like))
-            for p, gradient in moved.items()
-        }
-        return [of.get(p, unknown) for of in (inner, length) for p in parameters]
-
-    def _note_along(self, found: Sequence[float]) -> None:
-        """Take in `_towards_W`, as numbers."""
-        inner, length = iter(found[: len(found) // 2]), iter(found[len(found) // 2 :])
-        for group in self._automatic:
-            layers = self._layers_of(group)
-            before, now = group["along"] or (1.0,) * len(layers), []
-            for layer in layers:
-                n, count = sum(p.numel() for p in layer.parameters()), len(layer.parameters())
-                towards_W, norm = (
-                    sum(itertools.islice(inner, count)),
-                    math.hypot(*itertools.islice(length, count)),
-                )
-                now.append(along(n, towards_W, self._pending.norms.get(layer, 0.0), norm))
-            group["along"] = tuple(map(averaged, before, now))
-
-    def _keep_norms(self, before: Mapping[Layer, float]) -> None:
-        """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W."""
-        kept: dict[Layer, float] = {}
-        for group in self._automatic:
-            layers, found = self._layers_of(group), []
-            averages = group["along"] or (1.0,) * len(layers)
-            norms = group["norms"] or (0.0,) * len(layers)
-            for layer, average, norm in zip(layers, averages, norms, strict=True):
-                found.append((norm or before.get(layer, 0.0)) if average < NOTHING else 0.0)
-                if found[-1] and layer in before:
-                    kept[layer] = found[-1]
-            group["norms"] = tuple(found)
-        keep_norms_(kept)
-
-    def _layers_of(self, group: Group) -> list[Layer]:
-        return [layer for layer in self._layers if self._group(layer) is group]
+    @property
+    def _by_group(self) -> ByGroup:
+        """The automatic groups, each with its layers."""
+        return [
+            (group, [layer for layer in self._layers if self._group(layer) is group])
+            for group in self._automatic
+        ]
 
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         scales = super()._scales(moves)
@@ -298,8 +260,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
         usual = {}
-        for group in self._automatic:
-            layers = self._layers_of(group)
+        for group, layers in self._by_group:
             before = group["usual"] or (0.0,) * len(layers)
             for layer, old in zip(layers, before, strict=True):
                 now = moves[layer].norm / moves[layer].size if layer in moves else 0.0
@@ -325,10 +286,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
         before, after = torch.as_tensor(before), torch.as_tensor(after)
-        f0, f1, slope, regularised, of_all, *towards_W = self._mean(
+        f0, f1, slope, regularised, of_all, *found = self._mean(
             [before, after, *pending.slopes, *pending.towards_W]
         )
-        self._note_along(towards_W)
+        note_along(self._by_group, pending.norms, found)
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))

@@ -40,7 +40,8 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
     ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
     is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
-    steps of one size of them; and with a number for the rate factors stay whole, as in the paper.
+    steps of one size of them; and with a number for the rate factors stay whole, as in the paper. ValueError for
+    any other word.
     """
     flags = {"lr": "automatic", "damping": "relative", "max_factor_size": "bounded"}
     if not settings.keys() & flags.keys():
@@ -49,6 +50,9 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         key: settings.get(key, "auto" if defaults.get(flag) else defaults.get(key))
         for key, flag in flags.items()
     }
+    for key, value in given.items():
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f'{key} must be a number or "auto", got {value!r}.')
     unset = {key: isinstance(value, str) and value == "auto" for key, value in given.items()}
     automatic, relative = unset["lr"], unset["lr"] and unset["damping"]
     if automatic:

@@ -130,10 +130,9 @@ def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(ma
 
 
 def test_a_word_that_is_not_auto_is_an_error(make):
-    with pytest.raises(ValueError, match="damping must be > 0 and finite, got none"):
-        make(mlp(), damping="none")
-    with pytest.raises(ValueError, match="max_factor_size must be a whole number >= 1, got 'none'"):
-        make(mlp(), max_factor_size="none")
+    for setting in ("lr", "damping", "max_factor_size"):
+        with pytest.raises(ValueError, match=f'^{setting} must be a number or "auto", got \'none\'\\.$'):
+            make(mlp(), **{setting: "none"})
 
 
 def test_a_reset_keeps_lambda_G(make):
