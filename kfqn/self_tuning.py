@@ -42,7 +42,7 @@ class Pending:
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     norms: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
     towards_W: list[Tensor] = field(default_factory=list)  # gradients, as `kfqn.scale_free.towards_W` says
-    D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others
+    D: float = 0.0  # Σ ⟨P, D̂W⟩ over the automatic layers, P as scaled to the others, both of whole weight
     gone: float = 0.0  # Σ α ⟨P, D̂W⟩, of how much of P was gone
     scheduled: float = 0.0  # the same with what a scheduler and patience make of α
     share: float = 0.0  # of its size that an automatic layer moves
@@ -237,7 +237,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         scales = super()._scales(moves)
         own = {layer: move for layer, move in moves.items() if self._group(layer)["automatic"]}
-        usual = self._usual(own)
+        longer = {layer: 1 / self._weight_of_averages(self._group(layer)) for layer in own}
+        usual = {layer: longer[layer] * share for layer, share in self._usual(own).items()}
         reaches = [share for share in usual.values() if share > 0]
         if not reaches:
             return scales
@@ -247,15 +248,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         search, reach = self._search, self._search.rate * mean
         even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
         left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
-        D = sum(even[layer] * move.slope for layer, move in own.items())
-        scheduled = sum(
-            even[layer] * move.slope * self._factor(self._group(layer)) for layer, move in own.items()
-        )
+        slopes = {layer: even[layer] * longer[layer] ** 2 * move.slope for layer, move in own.items()}
+        D = sum(slopes.values())
+        scheduled = sum(slope * self._factor(self._group(layer)) for layer, slope in slopes.items())
         left *= left_by_gain(search, search.rate * left * scheduled)
         pending, rate = self._pending, search.rate * left
         pending.share, pending.D = left * reach, D
         pending.gone, pending.scheduled = rate * D, rate * scheduled
-        return scales | {layer: even[layer] * left for layer in own}
+        return scales | {layer: even[layer] * longer[layer] * left for layer in own}
+
+    def _weight_of_averages(self, group: Group) -> float:
+        """How much shorter P is of the first D̂W, which start from zero: averaged in twice (34)."""
+        return 1 - float(group["beta"]) ** (self._search.steps + 2)
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
@@ -296,7 +300,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
         if self._memory.loss is None:  # a loop without closures tells losses here only
             self._search = with_loss(self._search, f0)
-        self._search, share = judged(self._search, trial, self._automatic[0]["beta"])
+        self._search, share = judged(self._search, trial)
         if share < 1:
             for p, W in pending.before.items():
                 p.copy_(W.lerp_(p.to(W.dtype), share) if share else W)

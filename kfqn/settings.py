@@ -40,8 +40,8 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
     ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
     is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
-    steps of one size of them; and with a number for the rate factors stay whole, as in the paper. ValueError for
-    any other word.
+    steps of one size of them; and with a number for the rate factors stay whole, as in the paper.
+    ValueError for any other word.
     """
     flags = {"lr": "automatic", "damping": "relative", "max_factor_size": "bounded"}
     if not settings.keys() & flags.keys():

@@ -21,7 +21,7 @@ from typing import NamedTuple
 SHARE = 0.8  # of the way to the lowest point of the averaged parabola
 DECAY = 0.9  # of the averages, a step; a judged step after a gap counts for more
 LEAST_DECAY = 0.5
-DOUBLING_STEPS = 20  # in which the rate may double at each judged step, until the parabola has limited it
+DOUBLING_STEPS = 3  # in which the rate may double at each judged step, until the parabola has limited it
 GROWTH = 1.3  # later, a step; also that of shrinking
 MOST_GROWTH, MOST_SHRINKING = 1.5, 4.0  # at one judged step, however many there were before it
 LEAST_DESCENT = 0.1  # of a/D, where a usual decrease is asked for
@@ -110,11 +110,8 @@ class Trial(NamedTuple):
     resolution: float
 
 
-def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
-    """What the search knows after a judged step, and what share of the step stays; below 1 it is rejected.
-
-    ``beta`` is the decay of D̂W, whose first averages are too short.
-    """
+def judged(search: Search, trial: Trial) -> tuple[Search, float]:
+    """What the search knows after a judged step, and what share of the step stays; below 1 it is rejected."""
     rate, rho = trial.rate, trial.rate * trial.factor
     curved = trial.after - trial.before - trial.slope_of_all
     if not math.isfinite(curved):
@@ -125,7 +122,7 @@ def judged(search: Search, trial: Trial, beta: float) -> tuple[Search, float]:
     change = trial.slope + curved  # of the loss, without what other parameters contribute
     if not (rho > 0 and trial.D > 0):
         return search._replace(since=0, due=False), 1.0
-    a = -trial.regularised / rho / trial.D * (1 - beta**search.steps)
+    a = -trial.regularised / rho / trial.D
     c = 2 * curved / rho**2 / trial.D if abs(curved) > trial.resolution else 0.0
     usual = search.descent / search.weight if search.weight else max(a, 0.0)
     if not foreign and change > max(REJECTED * rho * trial.D * max(usual, LEAST_DESCENT), trial.resolution):

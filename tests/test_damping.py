@@ -131,7 +131,7 @@ def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(ma
 
 def test_a_word_that_is_not_auto_is_an_error(make):
     for setting in ("lr", "damping", "max_factor_size"):
-        with pytest.raises(ValueError, match=f'^{setting} must be a number or "auto", got \'none\'\\.$'):
+        with pytest.raises(ValueError, match=f"^{setting} must be a number or \"auto\", got 'none'\\.$"):
             make(mlp(), **{setting: "none"})
 
 

@@ -63,13 +63,13 @@ def test_the_rate_goes_to_a_share_of_the_way_to_the_lowest_point(start, interval
     for k in range(400):
         search = stepped(search, k % interval == 0)
         if k % interval == 0:
-            search, _ = judged(search, on_a_parabola(search, a=3.0, c=0.5, factor=factor), beta=0.0)
+            search, _ = judged(search, on_a_parabola(search, a=3.0, c=0.5, factor=factor))
     assert search.rate == pytest.approx(0.8 * 3.0 / 0.5, rel=1e-6)
 
 
 def test_a_step_beyond_the_parabola_is_shortened_to_its_lowest_point():
     search = stepped(Search(rate=100.0), True)
-    search, share = judged(search, on_a_parabola(search, a=3.0, c=0.5), beta=0.0)
+    search, share = judged(search, on_a_parabola(search, a=3.0, c=0.5))
     assert share == pytest.approx(3.0 / 0.5 / 100)
     assert search.rate == pytest.approx(10.0)  # at most by ten at once
     assert search.due
@@ -79,14 +79,14 @@ def test_a_step_beyond_the_parabola_is_shortened_to_its_lowest_point():
 @pytest.mark.parametrize("after", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_takes_all_of_the_step_back(after):
     search = stepped(Search(rate=100.0), True)
-    search, share = judged(search, Trial(100.0, 1.0, 2.0, -1.0, -1.0, -1.0, 5.0, after, 0.0), beta=0.9)
+    search, share = judged(search, Trial(100.0, 1.0, 2.0, -1.0, -1.0, -1.0, 5.0, after, 0.0))
     assert share == 0
     assert search.rate == pytest.approx(10.0)
 
 
 def test_a_direction_uphill_shrinks_the_rate_and_does_not_divide_by_it():
     search = stepped(Search(rate=1.0), True)
-    search, share = judged(search, Trial(1.0, 1.0, 2.0, 1e-3, 1e-3, 1e-3, 5.0, 5.0 + 1e-3, 0.0), beta=0.0)
+    search, share = judged(search, Trial(1.0, 1.0, 2.0, 1e-3, 1e-3, 1e-3, 5.0, 5.0 + 1e-3, 0.0))
     assert share == 1
     assert search.rate == pytest.approx(1 / 1.3)
 
@@ -107,7 +107,7 @@ def test_neither_the_scale_of_the_loss_nor_a_constant_matters(c, shift):
             before=trial.before * c + shift,
             after=trial.after * c + shift,
         )
-        (search, share), (other, theirs_share) = judged(search, trial, 0.9), judged(other, theirs, 0.9)
+        (search, share), (other, theirs_share) = judged(search, trial), judged(other, theirs)
         assert other.rate == pytest.approx(search.rate, rel=1e-6)
         assert share == pytest.approx(theirs_share, rel=1e-6)
         falling = 5.0 - 0.01 * k + 0.01 * (-1) ** k
@@ -122,7 +122,7 @@ def after_a_judged_step(losses):
     search = Search(steps=30, rate=0.5, descent=2.0, weight=1.0)
     for loss in losses:
         search = with_loss(search, loss)
-    search, share = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0), 0.9)
+    search, share = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0))
     assert share == 1
     return search
 
@@ -146,7 +146,7 @@ def test_where_losses_do_not_fall_half_their_noise_may_be_gained(fall):
 def test_no_step_is_shortened_before_losses_are_known_or_where_nothing_is_gained():
     assert left_by_gain(after_a_judged_step([5.0] * 4), 50.0) == 1.0
     search = Search(steps=30, rate=0.5, gained=-1.0, losses=9, older=5.0, newer=4.0, noise=0.1)
-    search, _ = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0), 0.9)
+    search, _ = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0))
     assert search.gained < 0
     assert left_by_gain(search, 50.0) == 1.0
 
@@ -292,7 +292,7 @@ def test_a_tiny_step_says_little_of_what_is_gained():
     """Divided by its ρ D, what rounding leaves of its gain would outweigh every other step."""
     told = after_a_judged_step([5.0 - 0.001 * n for n in range(100)])
     trial = Trial(1e-6, 1.0, 1.0, -2e-6, -2e-6, -2e-6, 5.0, 5.0 - 1e-3, 0.0)
-    tiny, _ = judged(told, trial, 0.9)
+    tiny, _ = judged(told, trial)
     assert left_by_gain(tiny, 0.5) == pytest.approx(left_by_gain(told, 0.5), rel=0.01)
 
 
@@ -318,7 +318,7 @@ def test_what_other_parameters_gain_does_not_stop_the_layers():
     search = Search(steps=30, rate=0.5, descent=2.0, weight=1.0)
     trial = on_a_parabola(search, a=0.1, c=0.1, D=1.0)
     trial = trial._replace(slope_of_all=-3.0, after=trial.before - 2.5)
-    search, _ = judged(search, trial, 0.9)
+    search, _ = judged(search, trial)
     assert search.gained / search.reaches == pytest.approx(-trial.slope / 0.5)
 
 
@@ -582,6 +582,27 @@ def test_decoupled_weight_decay_shrinks_by_the_share_that_layers_move(make):
         train(net, make(net, weight_decay=decay, decoupled_weight_decay=True), data)
     share = FIRST * TRUSTED / 2  # of two layers
     torch.testing.assert_close(model[0].weight - twin[0].weight, share * 0.1 * before, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_the_first_averages_are_no_shorter_than_later_ones(make, beta):
+    """Where the gradient stays the same, so does a step, but for the rate, which doubles three times."""
+    model, (x, _) = nn.Linear(5, 3), *batches((5,), 1)
+    optimizer, weights, moved = make(model, beta=beta), torch.randn(3), []
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        optimizer.step(lambda: linear_loss(model, x, weights))
+        moved.append(model.weight.detach() - before)
+    torch.testing.assert_close(moved[1], 2 * moved[0])
+    torch.testing.assert_close(moved[2], 4 * moved[0])
+
+
+def linear_loss(model, x, weights):
+    model.zero_grad()
+    loss = (model(x) @ weights).mean()
+    loss.backward()
+    return loss
 
 
 def test_groups_with_a_rate_of_their_own_keep_it(make):
