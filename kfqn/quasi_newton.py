@@ -179,7 +179,8 @@ class KFBFGS(KFQN):
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
             ``lr=30, damping=30``.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G). With an automatic ``lr`` the
-            step averages the mini-batch's gradient in once more: Nesterov's momentum.
+            step averages the mini-batch's gradient in once more, Nesterov's momentum, and the first averages,
+            which start from zero, are brought to whole weight.
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
