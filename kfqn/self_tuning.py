@@ -258,7 +258,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return scales | {layer: even[layer] * longer[layer] * left for layer in own}
 
     def _weight_of_averages(self, group: Group) -> float:
-        """How much shorter P is of the first D̂W, which start from zero: averaged in twice (34)."""
+        """What the weights in P sum up to: averages start from zero (docs/decisions.md, 32 and 34)."""
         return 1 - float(group["beta"]) ** (self._search.steps + 2)
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
