@@ -70,10 +70,11 @@ def orthogonalised_in_bfloat16(P: Tensor) -> Tensor:
 
 
 def rounded_inside(way: Callable[[], object]) -> None:
-    """The same where torch may round what goes into a product of matrices."""
+    """``way``, where torch may round what goes into a product of matrices."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     way()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(before)
 
 
 def averaged_as_a_matrix(average: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
