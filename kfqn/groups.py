@@ -25,7 +25,7 @@ _PASSING = (
     "search",
     "usual",
     "along",
-    "norms",
+    "trust",
     "drawn",
 )  # differ from step to step
 NOTES = ("step", "counts", "last")  # in a layer's state beside its factors

@@ -153,11 +153,12 @@ class KroneckerOptimizer(UpdatingOptimizer):
         missing, signs = self._missing(layers), self._signs(loss, layers)
         moves, told = self._moves([] if missing else layers, signs=signs)
         finite, *known = told
-        if known and self._went_wrong(*known):
+        sound = self._goes_on(finite, loss, layers)
+        if self._went_wrong(sound, *known):
             moves.clear()  # what takes their place are steps back
             self._undo()
             return None
-        if not self._goes_on(finite, loss, layers):
+        if not sound:
             return None
         if missing:
             self._start_from(missing, seen, closure)
@@ -212,8 +213,8 @@ class KroneckerOptimizer(UpdatingOptimizer):
         self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
         return False
 
-    def _went_wrong(self, loss: float) -> bool:
-        """Whether the loss of the batch shows that the last step is to be taken back."""
+    def _went_wrong(self, sound: bool, *loss: float) -> bool:
+        """Whether this batch, its loss if told, shows that the last step is to be taken back."""
         return False
 
     def _undo(self) -> None:

@@ -33,7 +33,7 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        of_the_search = {"search": None, "usual": (), "along": (), "norms": ()}
+        of_the_search = {"search": None, "trust": None, "usual": (), "along": ()}
         return checked_settings(**resolved(settings, {})) | of_the_search
 
     @abstractmethod

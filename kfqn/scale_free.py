@@ -6,8 +6,7 @@ and one day W overflows. So ‖W‖ is kept.
 
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
 
-A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``), and the
-norm that is kept, or 0 (``norms``).
+A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``).
 """
 
 import itertools
@@ -72,20 +71,17 @@ def note_along(groups: ByGroup, norms_W: Mapping[Layer, float], found: Sequence[
 
 
 def keep_norms(groups: ByGroup, before: Mapping[Layer, float]) -> None:
-    """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W.
+    """Leave ‖W‖ as it was before the step, where gradients have nothing along W.
 
-    ``before`` has that of the layers that moved, before they did.
+    ``before`` has that of the layers that moved. What it was before is all that counts: a step of no length
+    moves nothing.
     """
     kept: dict[Layer, float] = {}
     for group, layers in groups:
-        found = []
         averages = group["along"] or (1.0,) * len(layers)
-        norms = group["norms"] or (0.0,) * len(layers)
-        for layer, average, norm in zip(layers, averages, norms, strict=True):
-            found.append((norm or before.get(layer, 0.0)) if average < NOTHING else 0.0)
-            if found[-1] and layer in before:
-                kept[layer] = found[-1]
-        group["norms"] = tuple(found)
+        for layer, average in zip(layers, averages, strict=True):
+            if average < NOTHING and before.get(layer, 0.0):
+                kept[layer] = before[layer]
     keep_norms_(kept)
 
 

@@ -1,9 +1,10 @@
 """Steps whose size is found on the way: a step with a second pass is judged, and taken back if bad."""
 
+import contextlib
 import math
 import statistics
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,16 @@ from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
 from kfqn.scale_free import ByGroup, keep_norms, note_along, towards_W
+from kfqn import trust as trusting
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
+    REFUSED,
     TRUSTED,
+    WITHOUT_LOSSES,
     Search,
     Trial,
+    bounded,
     far_above,
     judged,
     left_by_gain,
@@ -30,6 +35,7 @@ from kfqn.step_size import (
     with_loss,
     within_bounds,
 )
+from kfqn.trust import REASONS, Trust
 from kfqn.two_pass import TwoPassOptimizer
 
 
@@ -38,6 +44,7 @@ class Pending:
     """A step that is to be judged by its second pass; one object that is changed in place, as `Memory`."""
 
     judged: bool = False
+    at: float = 1.0  # how far along the step the second pass is run: below 1 it checks the losses
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     norms: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
@@ -48,7 +55,7 @@ class Pending:
     share: float = 0.0  # of its size that an automatic layer moves
 
     def clear(self) -> None:
-        self.judged = False
+        self.judged, self.at = False, 1.0
         self.before.clear()
         self.slopes.clear()
         self.norms.clear()
@@ -68,12 +75,15 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     that all these groups share and keep in ``search``. Their layers move by the same share of their size,
     or by less where P is shorter than it was of late (``usual``): how long the directions of two layers are
     against each other depends on the units of both, and the loss along a step says nothing of it. A state
-    keeps the averaged gradient as ``DW``. Of a layer whose scale changes nothing (``along``) ‖W‖
-    is kept (``norms``).
+    keeps the averaged gradient as ``DW``. A step leaves ‖W‖ as it was where a layer's scale changes nothing
+    (``along``).
 
     Of a step that is to be judged the parameters before are kept, and put back to the bit if it is rejected;
     of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
     next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
+
+    Where losses turn out not to judge steps (`kfqn.trust`, kept in ``trust``), or none are told, every layer
+    moves by `WITHOUT_LOSSES` of its size times ``lr``; there are then no second passes, and H_A alone learns.
     """
 
     def _begin(self) -> None:
@@ -94,11 +104,25 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         for group in self._automatic:
             group["search"] = tuple(search)
 
+    @property
+    def _trust(self) -> Trust:
+        kept = self._automatic[0]["trust"] if self._automatic else None
+        return Trust(*kept) if kept is not None else Trust()
+
+    @_trust.setter
+    def _trust(self, trust: Trust) -> None:
+        lost = trust.lost and not self._trust.lost
+        for group in self._automatic:
+            group["trust"] = tuple(trust)
+        if lost:
+            self._search = self._search._replace(left=1.0, open=False, due=False)
+            self._warn(REASONS[trust.lost].format(share=WITHOUT_LOSSES))
+
     def warm_start(self, batches: Any) -> None:
         super().warm_start(batches)
-        self._search = Search()
+        self._search, self._trust = Search(), Trust()
         for group in self._automatic:
-            group["usual"] = group["along"] = group["norms"] = ()
+            group["usual"] = group["along"] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -107,13 +131,15 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """As in every method here; under ``""`` also what the steps are doing.
 
-        ``rejected``, how many were taken back; ``rate``, α; and ``left``, what halvings have left of the
-        steps that are found.
+        ``rejected``, how many were taken back; ``rate``, α; ``left``, what halvings have left of the
+        steps that are found; ``judging``, 1 while losses decide on steps and 0 where they cannot; and
+        ``ratio``, of what losses change by to what the gradients that were stepped with say.
         """
         found = super().diagnostics()
         if self._automatic:
             search = self._search
             found[""] |= {"rejected": float(search.rejected), "rate": search.rate, "left": search.left}
+            found[""] |= {"judging": float(not self._trust.lost), "ratio": self._trust.ratio}
         return found
 
     def _is_due(self, k: int, group: Group) -> bool:
@@ -122,7 +148,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _pairs_due(self, k: int, group: Group) -> bool:
         """The first steps of an automatic group are judged more often than H_G learns from them."""
-        return _is_paired(k, group) if group["automatic"] else super()._pairs_due(k, group)
+        if not group["automatic"]:
+            return super()._pairs_due(k, group)
+        return _is_paired(k, group) and not self._trust.lost
+
+    def _needs_second_pass(self) -> bool:
+        return not self._trust.lost or len(self._automatic) < len(self._own_groups())
+
+    def _unserved(self) -> None:
+        if not self._automatic:
+            super()._unserved()
+        elif not self._trust.lost:
+            self._trust = trusting.unserved(self._trust)
 
     def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
         """As everywhere; but the next step is the first, if this one shows no pairs of new factors."""
@@ -150,12 +187,18 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._pending.clear()
         return super()._move(loss, closure)
 
-    def _went_wrong(self, loss: float) -> bool:
-        return bool(self._automatic) and far_above(self._search, loss)
+    def _went_wrong(self, sound: bool, *loss: float) -> bool:
+        if not self._automatic:
+            return False
+        self._search = search = self._search._replace(refused=0 if sound else self._search.refused + 1)
+        if not sound:  # of one batch that may be the batch's own fault
+            return search.open and search.refused >= REFUSED
+        return bool(loss) and not self._trust.lost and far_above(search, *loss)
 
     def _note_loss(self, *loss: float) -> None:
-        if self._automatic and loss:
+        if self._automatic and loss and not self._trust.lost:
             self._search = with_loss(self._search, *loss)
+            self._trust = trusting.with_loss(self._trust, *loss)
 
     def _undo(self) -> None:
         """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
@@ -183,8 +226,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         if not self._automatic:
             super()._update(layers, moves, seen, closure)
             return
-        judged = any(self._is_due(group["k"], group) for group in self._own_groups())
+        due = any(self._is_due(group["k"], group) for group in self._own_groups())
+        judged = due and not self._trust.lost
         self._pending.judged = judged
+        self._pending.at = trusting.point(self._trust) if judged else 1.0
         if judged and self._others is not None:
             moving = [p for group in self._others.param_groups for p in group["params"] if p.grad is not None]
             self._pending.before.update({p: p.clone() for p in moving})
@@ -194,7 +239,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         super()._update(layers, moves, seen, closure)
         norms = {layer: move.norm_W for layer, move in moves.items() if move.sound}
         keep_norms(self._by_group, norms)
-        self._search = stepped(self._search, judged)
+        self._search = stepped(self._search, judged and self._pending.at == 1)
         if judged:
             self._pending.slopes.extend(self._slopes())
             self._pending.norms.update(norms)
@@ -243,10 +288,14 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         if not reaches:
             return scales
         mean = math.exp(statistics.fmean(map(math.log, reaches)))
-        if not self._search.rate:
-            self._search = self._search._replace(rate=FIRST * TRUSTED / len(own) / mean)
-        search, reach = self._search, self._search.rate * mean
         even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
+        if self._trust.lost:
+            self._search = self._search._replace(rate=WITHOUT_LOSSES / mean)
+            self._pending.share = WITHOUT_LOSSES
+            return scales | {layer: even[layer] * longer[layer] for layer in own}
+        found = self._search.rate * mean or FIRST * TRUSTED / len(own)
+        reach = bounded(found, len(own))
+        self._search = search = self._search._replace(rate=reach / mean)
         left = within_bounds(reach, len(own)) / reach if reach > 0 else 1.0
         slopes = {layer: even[layer] * longer[layer] ** 2 * move.slope for layer, move in own.items()}
         D = sum(slopes.values())
@@ -267,13 +316,36 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         for group, layers in self._by_group:
             before = group["usual"] or (0.0,) * len(layers)
             for layer, old in zip(layers, before, strict=True):
-                now = moves[layer].norm / moves[layer].size if layer in moves else 0.0
+                now = moves[layer].norm / self._size(layer, moves[layer]) if layer in moves else 0.0
                 usual[layer] = max(now, FORGOTTEN * old) if now > 0 else old
             group["usual"] = tuple(usual[layer] for layer in layers)
         return {layer: usual[layer] for layer in moves}
 
+    def _size(self, layer: Layer, move: Move) -> float:
+        """What steps are shares of: ‖W‖, or without losses that of a usual initialisation, so that weights
+        that grow by steps in noise do not grow faster and faster."""
+        return math.sqrt(len(layer.weight) / 3) if self._trust.lost else move.size
+
+    @contextlib.contextmanager
+    def _on_the_way(self) -> Iterator[None]:
+        """With what moved put where the second pass is to look, if that is not the end of the step."""
+        before, at = self._pending.before, self._pending.at
+        if at == 1:
+            yield
+            return
+        ends = {p: p.detach().clone() for p in before}
+        try:
+            with torch.no_grad():
+                for p, W in before.items():
+                    p.copy_(W.lerp(p.to(W.dtype), at))
+            yield
+        finally:
+            with torch.no_grad():
+                for p, end in ends.items():
+                    p.copy_(end)
+
     def _check_losses(self, loss: Tensor | float | None) -> None:
-        if self._automatic and loss is None:
+        if self._automatic and not self._trust.lost and loss is None:
             raise RuntimeError(
                 "lr='auto' judges a step by the loss before and after it: write 'with "
                 "optimizer.second_pass(loss) as again:' with the loss of the first pass, and set again.loss "
@@ -297,10 +369,15 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))
-        trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
         if self._memory.loss is None:  # a loop without closures tells losses here only
-            self._search = with_loss(self._search, f0)
+            self._note_loss(f0)
+        if pending.at < 1:
+            self._note_check(pending.at, f1 - f0, of_all, f0, resolution)
+            return True
+        slope, regularised, of_all = (self._trust.ratio * x for x in (slope, regularised, of_all))
+        trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
         self._search, share = judged(self._search, trial)
+        self._trust = trusting.with_verdict(trusting.passed(self._trust), share < 1)
         if share < 1:
             for p, W in pending.before.items():
                 p.copy_(W.lerp_(p.to(W.dtype), share) if share else W)
@@ -309,6 +386,22 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                     self.state[layer.weight]["last"][0] *= share
         pending.clear()
         return share == 1
+
+    def _check(self, closure: Callable[[], Any]) -> None:
+        firsts = dict(self._firsts)
+        while self._pending.at < 1 and not self._trust.lost:
+            self._firsts.clear()
+            with self.second_pass(self._memory.loss) as again:
+                again.loss = closure()
+            self._memory.stepped = True
+            self._firsts.update(firsts)
+            self._pending.at = trusting.point(self._trust) if self._trust.checks == 1 else 1.0
+
+    def _note_check(self, at: float, change: float, slope: float, loss: float, resolution: float) -> None:
+        """Take in a second pass that was run on the way."""
+        coarse = at > 0 and any(p.element_size() < 4 for p in self._pending.before)
+        found = math.nan if coarse else change  # so short a way is lost in the rounding of such weights
+        self._trust = trusting.checked(self._trust, at, found, slope, loss, resolution)
 
     def _mean(self, numbers: Sequence[Tensor]) -> list[float]:
         """Scalars as numbers, averaged over the processes."""

@@ -44,6 +44,10 @@ PATIENCE = 30  # batches: where the loss is no lower for longer, steps are halve
 PROGRESS = 1.0  # times the noise, to speak of
 CERTAINTY = 10.0  # so many times what noise leaves uncertain would usual progress be while patience lasts
 LEAST = 0.01  # of the steps that the losses ask for is always taken
+LEAST_REACH = 1e-6  # share of their sizes, all added up, below which no step is looked for: it is rounding
+MOST_REACH = 4.0  # nor above; what is beyond `LARGEST` is not moved by
+REFUSED = 3  # batches in a row that are not finite show that the step before them went wrong
+WITHOUT_LOSSES = 0.03  # share of a usual initialisation's norm that layers move by where losses do not judge
 FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
 
 
@@ -55,6 +59,11 @@ def within_bounds(share: float, layers: int) -> float:
     """
     trusted = TRUSTED / layers
     return share if share <= trusted else min(math.sqrt(trusted * share), LARGEST / layers)
+
+
+def bounded(share: float, layers: int) -> float:
+    """The share that the parabola asks for, kept from zero and infinity however it came to be."""
+    return min(max(share, LEAST_REACH / layers), MOST_REACH / layers)
 
 
 def left_by_gain(search: "Search", reach: float) -> float:
@@ -87,6 +96,7 @@ class Search(NamedTuple):
     reaches: float = 0.0  # and of ρ D, with decaying weights
     older: float = 0.0  # averages of the losses that lag by a third
     newer: float = 0.0  # and by an eighth of their number
+    refused: int = 0  # batches in a row that were not finite
     most: float = 0.0  # ρ D of a step that would gain as much as all of late; 0: no bound
 
 
@@ -178,11 +188,7 @@ def _rejected(search: Search, rate: float) -> Search:
 
 def far_above(search: Search, loss: float) -> bool:
     """Whether the loss of a batch shows that the step before it, which was not judged, went wrong."""
-    if not search.open:
-        return False
-    return not math.isfinite(loss) or (
-        search.losses >= USUAL and loss - search.loss > NOISE * search.noise > 0
-    )
+    return search.open and search.losses >= USUAL and loss - search.loss > NOISE * search.noise > 0
 
 
 def undone(search: Search) -> Search:

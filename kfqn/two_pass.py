@@ -102,11 +102,7 @@ class TwoPassOptimizer(LookingOptimizer):
             if layer not in self._memory.broken and self._is_due(groups[layer]["k"] - 1, groups[layer])
         }
         if self._firsts and closure is None:
-            self._warn(
-                "step() was called again without a second pass over the batch of the last step, so nothing "
-                "is learnt about curvature: run 'with optimizer.second_pass(): loss_fn(model(x), y)"
-                ".backward()' after each step, or give step a closure."
-            )
+            self._unserved()
         with self._full_precision():
             self._firsts.clear()
             self._firsts.update(self._first_of(seen, self._paired()))
@@ -116,8 +112,33 @@ class TwoPassOptimizer(LookingOptimizer):
         self._memory.rewinds[:] = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()
-        if closure is not None and self._firsts:
+        if self._firsts and not self._needs_second_pass():
+            firsts = dict(self._firsts)
+            self._firsts.clear()
+            with self._full_precision():
+                self._learn_from(firsts, {}, 1.0)
+        elif closure is not None and self._firsts:
+            self._check(closure)
             self._look_again(closure)
+
+    def _needs_second_pass(self) -> bool:
+        """Whether more is to be learnt than the first pass has shown of H_A."""
+        return True
+
+    def _unserved(self) -> None:
+        """step() was called again, and nobody has run the second pass of the last step."""
+        self._warn(
+            "step() was called again without a second pass over the batch of the last step, so nothing "
+            "is learnt about curvature: run 'with optimizer.second_pass(): loss_fn(model(x), y)"
+            ".backward()' after each step, or give step a closure."
+        )
+
+    def _check(self, closure: Callable[[], Any]) -> None:
+        """Run the closure as often as is needed before the second pass to know what its losses are worth."""
+
+    def _on_the_way(self) -> contextlib.AbstractContextManager[None]:
+        """Where the weights are while the second pass is run."""
+        return contextlib.nullcontext()
 
     def _paired(self) -> set[Layer]:
         """The layers whose H_G is to learn from the step just taken, if its first pass shows h and Dh."""
@@ -182,7 +203,8 @@ class TwoPassOptimizer(LookingOptimizer):
         pairs = any(first.h_Dh for first in firsts.values())
         whole = replace(self._first_look, inputs=False, frozen=True)
         look = whole if pairs or memory.whole else LOSS_ALONE
-        with second_pass(self._model, memory.rewind), torch.enable_grad(), self._unsynchronised():
+        whole_pass = second_pass(self._model, memory.rewind)
+        with self._on_the_way(), whole_pass, torch.enable_grad(), self._unsynchronised():
             with self._watch.looking(look, memory.rewinds) as seen:
                 yield again
                 ran = self._watch.ran
