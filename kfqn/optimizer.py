@@ -18,12 +18,12 @@ from kfqn.capture import Look
 from kfqn.factors import LayersSeen
 from kfqn.layers import Layer
 from kfqn.moves import Move, are_finite
-from kfqn.second_pass import Rewind, random_state
+from kfqn.second_pass import Rewind, start_of
 from kfqn.update import UpdatingOptimizer
 
 
 def _nothing() -> None:
-    """Without a closure the random state is put back where a pass through the model starts."""
+    """Without a closure that is put back where a pass through the model starts."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Memory:
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
     stepped: bool = False  # whether there was a step since the last second pass
     used_once: set[Layer] = field(default_factory=set)  # in the last pass that was learnt from
-    whole: bool = False  # whether no second pass can be run for its loss alone
+    whole: bool = False  # whether second passes can do with no less than the first
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
 
 
@@ -100,8 +100,8 @@ class KroneckerOptimizer(UpdatingOptimizer):
         if closure is not None:
             self._check_closure(closure)
             loss = self._first_call(closure)
-            closure = closure if loss is not None else None
-        seen = self._move(loss, closure)
+            closure = closure if loss is not None and not self._nothing_in_it else None
+        seen = self._move(loss if closure is not None else None, closure)
         elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
         try:
             if seen or (seen is not None and elsewhere):
@@ -116,11 +116,17 @@ class KroneckerOptimizer(UpdatingOptimizer):
 
     def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
         """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
-        self._watch.ran, self._memory.since = False, self._watch.next_batch
-        self._memory.rewind = random_state({layer.weight.device for layer in self._layers})
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None and not self._watch.ran:
+        watch, before = self._watch, self._watch.ran or self._watch.waiting
+        watch.ran, watch.empty, self._memory.since = False, False, watch.next_batch
+        if watch.first is not None:  # there will be a second pass
+            self._memory.rewind = start_of(self._model, {layer.weight.device for layer in self._layers})
+        watch.in_closure = True
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            watch.in_closure = False
+        if loss is None and not watch.ran:
             self._memory.rewind, self._memory.since = _nothing, 0
             return None
         if not isinstance(loss, Tensor):
@@ -134,8 +140,19 @@ class KroneckerOptimizer(UpdatingOptimizer):
                 f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
                 "loss.mean()'."
             )
+        if before and not watch.ran and not watch.empty:
+            raise RuntimeError(
+                f"the closure given to {self._name}.step ran no layer, while the model ran before it: the "
+                "closure is called again after the step, so compute the loss and call backward inside it, or "
+                "call step() without one."
+            )
         self._memory.loss = loss.detach()
         return loss
+
+    @property
+    def _nothing_in_it(self) -> bool:
+        """Whether the closure's batch was empty: the step is then one without a closure, of zeros."""
+        return self._watch.empty and not self._watch.ran and self._ranks.size == 1
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         """Update the weights; what was seen of every layer that moved, or None if nothing did."""
