@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.gate import Arrive, gated, is_for
-from kfqn.hooks import Observe, Start
+from kfqn.hooks import Observe, Start, noticed_by_compiled_code
 from kfqn.layers import Layer
 from kfqn.second_pass import Rewind, start_of
 from kfqn.seen import Seen, Use
@@ -77,6 +77,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
+        noticed_by_compiled_code()
         self.look_first(first)
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
         self._numbers = itertools.count()

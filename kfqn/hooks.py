@@ -5,6 +5,7 @@ import weakref
 from typing import Any, Protocol, final
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from kfqn.layers import Layer
@@ -48,6 +49,18 @@ class Hook:
                 "it copy.deepcopy(model), or delete the optimizer first."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def noticed_by_compiled_code() -> None:
+    """Have `torch.compile` notice hooks: it runs what it made of a model without any for one with them.
+
+    It would not look whether there are hooks now in a model that it has compiled, or in another of the
+    same classes. What it made before it was told to look is dropped, once in a process.
+    """
+    dynamo: Any = torch._dynamo
+    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        getattr(dynamo, "reset_code_caches", dynamo.reset)()
 
 
 @final
