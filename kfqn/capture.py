@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -72,7 +72,6 @@ class Watch:
 
     in_closure = False  # whether passes are those of a closure, which starts as a whole
     differentiated = False  # whether gradients of something else than weights were ever asked for
-    empty = False  # whether a layer ran on no data
     blind = ""  # why a layer that ran since the last step was not seen, a sentence
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
@@ -109,6 +108,8 @@ class Watch:
         self._token = object()  # graphs of before are none of ours any more
         self._batch, self._arrived = 0, False
         self._start: tuple[int, Rewind] | None = None  # of the pass that runs
+        self._hidden: set[Layer] = set()  # what ran where no gradients are recorded
+        self.empty = False  # whether a layer ran on no data
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
 
     def drop(self) -> None:
@@ -134,6 +135,10 @@ class Watch:
     def waiting(self) -> bool:
         """Whether there is something to take."""
         return bool(self._seen)
+
+    def misses(self, layers: Iterable[Layer]) -> bool:
+        """Whether one of them ran, but inside a `torch.autograd.Function` which has not shown it."""
+        return any(layer in self._hidden and layer not in self._seen for layer in layers)
 
     @contextlib.contextmanager
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
@@ -166,14 +171,17 @@ class Watch:
         if torch._C._are_functorch_transforms_active():
             self.blind = f"{layer} ran inside vmap, grad or another transform of torch.func, {_HIDES}"
             return None
-        if torch._C._is_tracing() or not h.numel():
-            self.empty |= not h.numel()
+        if torch._C._is_tracing():
+            return None
+        if not h.numel():
+            self.empty |= with_gradients
             return None
         if look is not None and look is not self.first:
             self.ran = True
         if look is not None and look.gated:
             return gated(h, cut=look.cut) if with_gradients else None
         if with_gradients != (look is None or look.Dh is not None):
+            self._hidden.add(layer)
             return None
         if look is None:
             self.ran = True

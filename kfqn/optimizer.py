@@ -43,6 +43,11 @@ class Memory:
     whole: bool = False  # whether second passes can do with no less than the first
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
 
+    def forget_starts(self) -> None:
+        """Let go of copies of buffers."""
+        self.rewind = _nothing
+        self.rewinds.clear()
+
 
 class KroneckerOptimizer(UpdatingOptimizer):
     """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
@@ -100,8 +105,11 @@ class KroneckerOptimizer(UpdatingOptimizer):
         if closure is not None:
             self._check_closure(closure)
             loss = self._first_call(closure)
-            closure = closure if loss is not None and not self._nothing_in_it else None
-        seen = self._move(loss if closure is not None else None, closure)
+        if self._watch.empty and not self._watch.ran and self._ranks.size == 1:
+            self._step_of_others()
+            return loss
+        closure = closure if loss is not None else None
+        seen = self._move(loss, closure)
         elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
         try:
             if seen or (seen is not None and elsewhere):
@@ -117,7 +125,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
     def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
         """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
         watch, before = self._watch, self._watch.ran or self._watch.waiting
-        watch.ran, watch.empty, self._memory.since = False, False, watch.next_batch
+        watch.ran, self._memory.since = False, watch.next_batch
         if watch.first is not None:  # there will be a second pass
             self._memory.rewind = start_of(self._model, {layer.weight.device for layer in self._layers})
         watch.in_closure = True
@@ -140,7 +148,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
                 f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
                 "loss.mean()'."
             )
-        if before and not watch.ran and not watch.empty:
+        if before and not (watch.ran or watch.empty or watch.blind):
             raise RuntimeError(
                 f"the closure given to {self._name}.step ran no layer, while the model ran before it: the "
                 "closure is called again after the step, so compute the loss and call backward inside it, or "
@@ -149,10 +157,12 @@ class KroneckerOptimizer(UpdatingOptimizer):
         self._memory.loss = loss.detach()
         return loss
 
-    @property
-    def _nothing_in_it(self) -> bool:
-        """Whether the closure's batch was empty: the step is then one without a closure, of zeros."""
-        return self._watch.empty and not self._watch.ran and self._ranks.size == 1
+    def _step_of_others(self) -> None:
+        """The step of a batch that was empty for every layer: only other parameters may have gradients."""
+        self._watch.forget()
+        self._memory.stepped = False
+        if self._others is not None and self._goes_on(float(self._signs(None, [])), None, []):
+            self._others.step()
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         """Update the weights; what was seen of every layer that moved, or None if nothing did."""

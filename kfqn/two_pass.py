@@ -19,10 +19,9 @@ from kfqn.pairs import First, averaged_pairs, changes
 from kfqn.rows import Rows
 from kfqn.second_pass import second_pass
 
-
 _NO_SECOND_PASS = (
-    "step() was called again without a second pass over the batch of the last step, so nothing is learnt about "
-    "curvature, and an automatic step size has no losses to go by: after each step for which "
+    "step() was called again without a second pass over the batch of the last step, so nothing is learnt "
+    "about curvature, and an automatic step size has no losses to go by: after each step for which "
     "optimizer.second_pass_due is true write 'with optimizer.second_pass(loss) as again: "
     "again.loss = loss_fn(model(x), y); again.loss.backward()', or give step a closure."
 )
@@ -141,9 +140,12 @@ class TwoPassOptimizer(LookingOptimizer):
         are all second passes from now on.
         """
         firsts, memory, returned = dict(self._firsts), self._memory, False
+        paired = [layer for layer, first in firsts.items() if first.h_Dh]
         try:
             with self.second_pass(memory.loss) as again:
                 again.loss = closure()
+                if not memory.whole and self._watch.misses(paired):
+                    raise RuntimeError(_NO_GRADIENTS)
                 returned = True
         except Exception:
             if returned or memory.whole:
@@ -212,6 +214,7 @@ class TwoPassOptimizer(LookingOptimizer):
                     error.add_note(_NO_GRADIENTS)
                 raise
             ran = self._watch.ran
+        memory.forget_starts()
         if firsts and not (seen if pairs else ran) and self._ranks.size == 1:
             done = "computed no gradient" if ran else "ran no layer"
             raise RuntimeError(
