@@ -80,13 +80,10 @@ class KroneckerOptimizer(UpdatingOptimizer):
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
         calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
-        KFAC's first step without a warm start), must use the same batch every time, and draw
-        its random numbers from torch; all runs but the first leave no trace in the model
-        (`kfqn.second_pass`): no parameter of it requires a gradient in them, and ``.grad`` is None, so a
-        term of the loss that depends on parameters alone has to be added to the rest before ``backward``.
-        With an automatic step size most are run for the loss alone, and ``backward`` computes nothing then.
+        KFAC's first step without a warm start) and must use the same batch every time; what else it must
+        and may do: `kfqn.closure`. All runs but the first leave no trace in the model (`kfqn.second_pass`).
         Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
-        layer that the batch gives no gradient is left as it is.
+        layer that the batch gives no gradient is left as it is, and of an empty batch all are.
 
         Without a closure the gradients are those that are there, and nothing is learnt before `second_pass`.
 

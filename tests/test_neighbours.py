@@ -57,7 +57,7 @@ def test_an_optimizer_of_a_part_that_lives_on_changes_nothing(make, door, part):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_two_optimizers_may_take_turns(make, door):
-    """Each learns from its own passes; what frozen layers show in the other's second pass is no part of it."""
+    """Each learns from its own passes; what frozen layers show in the other's second pass is none."""
     model = mlp()
     ((x, target),) = batches((5,), 1, size=32)
     both = make(model[0]), make(model[-1])
