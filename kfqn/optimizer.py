@@ -131,7 +131,9 @@ class KroneckerOptimizer(UpdatingOptimizer):
                 loss = closure()
         finally:
             watch.in_closure = False
-        if loss is None and not watch.ran:
+        ran = watch.ran
+        watch.ran |= before and (watch.empty or loss is None)  # of micro-batches before
+        if loss is None and not ran:
             self._memory.rewind, self._memory.since = _nothing, 0
             return None
         if not isinstance(loss, Tensor):
@@ -145,7 +147,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
                 f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
                 "loss.mean()'."
             )
-        if before and not (watch.ran or watch.empty or watch.blind):
+        if before and not (ran or watch.empty or watch.blind):
             raise RuntimeError(
                 f"the closure given to {self._name}.step ran no layer, while the model ran before it: the "
                 "closure is called again after the step, so compute the loss and call backward inside it, or "

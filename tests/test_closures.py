@@ -479,3 +479,17 @@ def test_of_a_batch_that_is_empty_for_every_layer_other_parameters_may_learn():
     optimizer.step(kfqn.closure(model, torch.randn(0, 5), torch.zeros(3), F.mse_loss))
     assert torch.equal(model.head.weight, before["head.weight"])
     torch.testing.assert_close(model.shift, torch.full((3,), 1 - 0.5 * 2 / 3))
+
+
+def test_an_empty_micro_batch_among_others_costs_nothing():
+    """Nor does it where a closure that does nothing comes last, as Lightning's."""
+    model, ((x, target),) = mlp(), batches((5,), 1)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = kfqn.KFBFGS(model), kfqn.KFBFGS(twin)
+    for part in (x[:0], x):
+        F.cross_entropy(model(part), target[: len(part)], reduction="sum").backward()
+    F.cross_entropy(twin(x), target, reduction="sum").backward()
+    optimizer.step(lambda: None)
+    theirs.step()
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    assert optimizer.diagnostics()["0"]["steps"] == 1
