@@ -1,15 +1,16 @@
 """What forward-backward passes show of each layer: the only file that registers hooks.
 
-The hooks stay on the modules as long as the optimizer lives, because a training loop of the
+The hooks (`kfqn.hooks`) stay on the modules as long as the optimizer lives, because a training loop of the
 user's own may run its first pass at any time. They hold the optimizer by a weak reference only, do
-nothing in a copy or a pickle of the model, and outside passes with gradients return at once. Of a pass
-that is run for its loss alone they put every layer behind a gate (`kfqn.gate`).
+nothing in a pickle of the model, and outside passes with gradients return at once. In passes where no
+parameter requires a gradient they put every layer behind a gate (`kfqn.gate`).
 """
 
 import contextlib
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfqn.gate import gated
+from kfqn.gate import Arrive, gated, is_for
+from kfqn.hooks import Observe, Start, noticed_by_compiled_code
 from kfqn.layers import Layer
-from kfqn.second_pass import Rewind, random_state
+from kfqn.second_pass import Rewind, start_of
 from kfqn.seen import Seen, Use
 
 Reduction = Callable[[Tensor], Tensor]
@@ -34,7 +36,8 @@ class Look:
     With ``Dh`` passes with gradients are looked at, without those under ``torch.no_grad()``. ``frozen`` says
     that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``early`` says
     what to keep instead of an input when its gradient arrives, given what was seen of the layer so far; with
-    None it is kept itself. With ``gated`` nothing is kept, and no backward pass goes through a layer.
+    None it is kept itself. With ``gated`` nothing is kept, and no backward pass goes through a layer; with
+    ``cut`` neither does `torch.autograd.grad`, and autograd does not know what was before.
     """
 
     inputs: bool
@@ -43,6 +46,7 @@ class Look:
     frozen: bool = False
     early: EarlyReduction | None = None
     gated: bool = False
+    cut: bool = False
 
 
 def nothing_of(x: Tensor) -> Tensor:
@@ -50,7 +54,12 @@ def nothing_of(x: Tensor) -> Tensor:
     return x.new_zeros(())
 
 
+_HIDES = (
+    "which hides what goes through it: run the model outside of them, and take derivatives with "
+    "torch.autograd.grad"
+)
 LOSS_ALONE = Look(inputs=False, frozen=True, gated=True)
+LOSS_WITHOUT_GRADIENTS = Look(inputs=False, frozen=True, gated=True, cut=True)
 
 
 @final
@@ -61,34 +70,46 @@ class Watch:
     a pass that nobody calls backward on is forgotten with its graph.
     """
 
+    in_closure = False  # whether passes are those of a closure, which starts as a whole
+    differentiated = False  # whether gradients of something else than weights were ever asked for
+    blind = ""  # why a layer that ran since the last step was not seen, a sentence
+
     def __init__(self, model: nn.Module, layers: Sequence[Layer], first: Look) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
+        noticed_by_compiled_code()
         self.look_first(first)
         self._open: dict[Layer, weakref.WeakSet[Use]] = {}
-        self._start: tuple[int, Rewind] | None = None
+        self._numbers = itertools.count()
         self._replay: Iterator[Rewind] = iter(())
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
-        self._handles.append(model.register_forward_pre_hook(_Start(weakref.ref(self))))
+        hook = Start(self)
+        hook.handles.append(model.register_forward_pre_hook(hook))
+        self._handles += hook.handles
         self.forget()
         self.add(layers)
 
     def look_first(self, look: Look | None) -> None:
         """Look like this at first passes from now on; with None not at all."""
         self._look = self.first = look
+        self.blind = ""
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Watch these layers too."""
         for layer in layers:
-            hook = _Observe(weakref.ref(self), layer)
+            hook = Observe(self, layer)
             self._open[layer] = weakref.WeakSet()
-            self._handles += [m.register_forward_hook(hook, with_kwargs=True) for m in layer.modules]
+            hook.handles += [m.register_forward_hook(hook, with_kwargs=True) for m in layer.modules]
+            self._handles += hook.handles
 
     def forget(self) -> None:
         """Drop what was seen."""
         self._seen: dict[Layer, Seen] = {}
         self._token = object()  # graphs of before are none of ours any more
         self._batch, self._arrived = 0, False
+        self._start: tuple[int, Rewind] | None = None  # of the pass that runs
+        self._hidden: set[Layer] = set()  # what ran where no gradients are recorded
+        self.empty = False  # whether a layer ran on no data
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
 
     def drop(self) -> None:
@@ -115,9 +136,13 @@ class Watch:
         """Whether there is something to take."""
         return bool(self._seen)
 
+    def misses(self, layers: Iterable[Layer]) -> bool:
+        """Whether one of them ran, but inside a `torch.autograd.Function` which has not shown it."""
+        return any(layer in self._hidden and layer not in self._seen for layer in layers)
+
     @contextlib.contextmanager
     def looking(self, look: Look, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, Seen]]:
-        """Look otherwise inside the ``with``, at passes that start from these random states in turn."""
+        """Look otherwise inside the ``with``, at passes that start from these states in turn."""
         outside = self._look, self._seen, self._token, self._batch, self._arrived, self.ran
         self._look, self._replay = look, iter(replay)
         self.forget()
@@ -127,45 +152,50 @@ class Watch:
             self._look, self._seen, self._token, self._batch, self._arrived, self.ran = outside
             self._replay = iter(())
 
-    def start(self) -> None:
+    def start(self, model: nn.Module) -> None:
         """A pass through the whole model begins."""
         if not torch.is_grad_enabled() or self._look is None:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing of the whole model
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if self._look.frozen:
+        if self._look is not self.first:
             next(self._replay, _nothing)()
-        else:
-            number = self._start[0] + 1 if self._start is not None else 0
-            self._start = number, random_state({layer.weight.device for layer in self._open})
+        elif not self.in_closure:
+            devices = {layer.weight.device for layer in self._open}
+            self._start = next(self._numbers), start_of(model, devices)
 
     def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
         """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
         look, with_gradients = self._look, torch.is_grad_enabled()
-        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or not h.numel():
+        if torch._C._are_functorch_transforms_active():
+            self.blind = f"{layer} ran inside vmap, grad or another transform of torch.func, {_HIDES}"
             return None
-        if look is not None and look.frozen:
+        if torch._C._is_tracing():
+            return None
+        if not h.numel():
+            self.empty |= with_gradients
+            return None
+        if look is not None and look is not self.first:
             self.ran = True
         if look is not None and look.gated:
-            return gated(h) if with_gradients else None
+            return gated(h, cut=look.cut) if with_gradients else None
         if with_gradients != (look is None or look.Dh is not None):
+            self._hidden.add(layer)
             return None
         if look is None:
             self.ran = True
-        else:
-            self._keep(look, layer, a, h)
-        return None
+            return None
+        return self._keep(look, layer, a, h)
 
-    def _keep(self, look: Look, layer: Layer, a: Tensor, h: Tensor) -> None:
-        """Keep of this use what is asked for."""
-        if not h.requires_grad and look.Dh is not None:
-            if not look.frozen:
-                return
-            h.add_(torch.zeros((), dtype=h.dtype, device=h.device, requires_grad=True))
+    def _keep(self, look: Look, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
+        """Keep of this use what is asked for; what takes the place of ``h``."""
+        if look.Dh is not None and not look.frozen and not (h.requires_grad and layer.weight.requires_grad):
+            self.ran |= h.requires_grad  # of another optimizer's second pass, or for the inputs alone
+            return None
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and self._open[layer]:
-            return  # activation checkpointing computes again what was seen already
+            return gated(h, _forget) if look.frozen else None  # checkpointing computes what was seen again
         if not in_backward:
             self._next_batch()
         self.ran = True
@@ -180,18 +210,35 @@ class Watch:
                 use.h = _reduced(look.h, layer, h.detach())
         if look.Dh is None:
             self._seen.setdefault(layer, Seen(layer)).uses.append(use)
-        else:
-            self._open[layer].add(use)
-            h.register_hook(self._arrival(layer, use, look.Dh, look.early))
+            return None
+        self._open[layer].add(use)
+        arrive = self._arrival(layer, use, look.Dh, look.early)
+        if look.frozen:
+            return gated(h, arrive)
+        h.register_hook(self._of_the_weight(layer, arrive))
+        return None
 
-    def _arrival(
-        self, layer: Layer, use: Use, reduction: Reduction, early: EarlyReduction | None
-    ) -> Callable[[Tensor], None]:
+    def _of_the_weight(self, layer: Layer, arrive: Arrive) -> Callable[[Tensor | None], None]:
+        """``arrive`` where the backward pass is for the weight, and not for something else in the loss."""
+        token = self._token
+
+        def sift(gradient: Tensor | None) -> None:
+            if gradient is None or token is not self._token or not layer.weight.requires_grad:
+                return  # behind a gate, of a pass that is forgotten, or of another optimizer's second pass
+            # of torch.autograd.grad with respect to the weight: to be its .grad, or to go into the loss
+            if is_for(layer.weight, itself=not torch.is_grad_enabled()):
+                arrive(gradient)
+            else:
+                self.differentiated = True
+
+        return sift
+
+    def _arrival(self, layer: Layer, use: Use, reduction: Reduction, early: EarlyReduction | None) -> Arrive:
         """What to do with the gradient of a use's pre-activation."""
         token = self._token
 
         def arrive(gradient: Tensor) -> None:
-            if token is not self._token or not _reaches_the_weight(layer):
+            if token is not self._token:
                 return
             gradient = gradient.detach()  # of a backward pass with create_graph
             Dh = _reduced(reduction, layer, gradient) if use.wrong is None else gradient
@@ -230,57 +277,18 @@ def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     return reduction(layer.preactivation(x).to(layer.dtype))
 
 
-def _reaches_the_weight(layer: Layer) -> bool:
-    """Whether the backward pass that is running is for the weights, and not for something else."""
-    if not layer.weight.requires_grad:  # the second pass
-        return True
-    node = torch.autograd.graph.get_gradient_edge(layer.weight).node
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch.autograd.grad with respect to the weight itself
-        return True
-
-
 def _has_no_gradient(layer: Layer) -> bool:
     return layer.weight.grad is None or not layer.weight.grad.any()
 
 
 def _nothing() -> None:
-    """There is no random state to go back to."""
+    """There is nothing to go back to."""
+
+
+def _forget(gradient: Tensor) -> None:
+    """It has been told already."""
 
 
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-class _Hook:
-    """A hook that ends with its watch, and of which copies and pickles of the model carry an empty shell."""
-
-    def __init__(self, watch: "weakref.ref[Watch] | None" = None, layer: Layer | None = None) -> None:
-        self.watch, self.layer = watch, layer
-
-    def __deepcopy__(self, memo: Any) -> "_Hook":
-        return type(self)()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
-@final
-class _Start(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        watch = self.watch() if self.watch else None
-        if watch is not None:
-            watch.start()
-
-
-@final
-class _Observe(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
-        watch = self.watch() if self.watch else None
-        if watch is None or self.layer is None:
-            return None
-        return watch.observe(self.layer, args[0] if args else kwargs["input"], h)

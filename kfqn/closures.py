@@ -57,6 +57,17 @@ def closure(
         for x, target in loader:
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
+    One of your own must clear the gradients, compute the loss as a mean over the batch, call ``backward`` and
+    return the loss; of the same batch, to the same effect, each time it is called, because it is called
+    again after the step. Buffers of the model, and the global random numbers of torch, Python and NumPy, then
+    are where they were; generators and counters of your own are not.
+
+    It may read, scale, clip or replace ``.grad`` after ``backward``, call ``backward`` several times, have
+    gradients in the loss (`torch.autograd.grad`, also batched), and differentiate parameters (MAML). Second
+    calls compute no gradient of a parameter, and ``.grad`` is None in them, until one fails for that
+    reason: it is called once more with them, and so are all later ones, at the price of a first call. It may
+    use torch.func, but what runs inside its transforms alone teaches a layer nothing.
+
     Args:
         model: the model, or its compiled form.
         x: the model's input, a tensor, or a tuple or list of positional arguments.

@@ -179,6 +179,8 @@ class FactoredOptimizer(LayeredOptimizer):
             like = layer.empty()
             found[layer] = self._ranks.means(own.get(layer, {}), self._moment_shapes(layer), like)
             if not found[layer]:
+                if self._watch.blind:
+                    raise RuntimeError(f"{layer} got a gradient, but {self._watch.blind}.")
                 raise RuntimeError(
                     f"{layer} got a gradient, but no call of its module was seen that gives one: call the "
                     "module itself in the model's forward, or train it by the other rule with "
@@ -289,6 +291,8 @@ class FactoredOptimizer(LayeredOptimizer):
 
     @property
     def _nothing_ran(self) -> str:
+        if self._watch.blind:
+            return f"{self._name} saw no forward pass: {self._watch.blind}."
         return (
             f"{self._name} saw no forward pass through any of its {len(self._layers)} layers, the first "
             f"being {self._layers[0]}: run the very model the optimizer was built with, and if it has been "

@@ -1,23 +1,59 @@
-"""A gate in autograd's graph, for passes of which only the loss is wanted.
+"""Gates in autograd's graph, for passes that are run again.
 
-A training loop's own closure calls ``backward`` whether anybody wants gradients or not. Behind a gate it
-computes none, while `torch.autograd.grad`, with which a loss may have a gradient in it, goes through.
+A training loop's own closure calls ``backward`` whether anybody wants gradients or not. At a gate it ends, or
+tells its gradient; `torch.autograd.grad`, with which a loss may have a gradient in it, goes through.
 """
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+Arrive = Callable[[Tensor], None]
 
-def gated(h: Tensor) -> Tensor:
-    """``h`` in its own memory, behind a gate; the root of a graph where there is none."""
+
+def gated(h: Tensor, arrive: Arrive | None = None, *, cut: bool = False) -> Tensor:
+    """``h`` in its own memory, behind a gate; the root of a graph where there is none.
+
+    A backward pass for everything ends there, or gives ``arrive`` its gradient and goes on. With ``cut`` no
+    other goes through either, and autograd forgets what was before.
+    """
     root = torch.zeros((), requires_grad=True)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(h).tangent is not None:
-        return h if h.requires_grad else h.add_(root.to(h))  # a gate would lose the tangent
-    passed: Tensor = _Gate.apply(h, root)  # type: ignore[no-untyped-call]
+        return _with_tangent(h, root, arrive)
+    passed: Tensor = _Gate.apply(h.detach() if cut else h, root, arrive)  # type: ignore[no-untyped-call]
     return passed
+
+
+def is_for(leaf: Tensor, *, itself: bool) -> bool:
+    """Whether the backward pass that is running is for this leaf, and not for something else.
+
+    ``itself`` is said where `torch.autograd.grad` is asked for the gradient of the leaf itself.
+    """
+    return _reaches(torch.autograd.graph.get_gradient_edge(leaf).node, itself)
+
+
+def _reaches(node: Any, itself: bool) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad with respect to the leaf itself
+        return itself
+
+
+def _with_tangent(h: Tensor, root: Tensor, arrive: Arrive | None) -> Tensor:
+    """The same for a tensor of forward mode, whose tangent a gate would lose: nothing ends here."""
+    if arrive is None:
+        return h if h.requires_grad else h.add_(root.to(h))
+    h = h.add_(root.to(h))
+
+    def told(gradient: Tensor) -> None:
+        if is_for(root, itself=False):
+            arrive(gradient)
+
+    h.register_hook(told)
+    return h
 
 
 @final
@@ -25,15 +61,18 @@ class _Gate(torch.autograd.Function):
     """Identity; backwards for those only who do not ask for everything, as ``backward`` does for ``root``."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, root: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, root: Tensor, arrive: Arrive | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.root = torch.autograd.graph.get_gradient_edge(root).node
+        ctx.root, ctx.arrive = torch.autograd.graph.get_gradient_edge(root).node, arrive
         return h.data  # not h: what comes next may overwrite it, whoever has saved h
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        try:
-            asks_for_everything = bool(torch._C._will_engine_execute_node(ctx.root))
-        except RuntimeError:  # torch.autograd.grad with respect to the root itself
-            asks_for_everything = False
-        return (None if asks_for_everything else gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        gradient = gradients[0]
+        if not _reaches(ctx.root, itself=False):
+            return gradient, None, None
+        if ctx.arrive is None:
+            return None, None, None
+        if gradient is not None:
+            ctx.arrive(gradient)
+        return gradient, None, None

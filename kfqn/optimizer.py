@@ -18,12 +18,12 @@ from kfqn.capture import Look
 from kfqn.factors import LayersSeen
 from kfqn.layers import Layer
 from kfqn.moves import Move, are_finite
-from kfqn.second_pass import Rewind, random_state
+from kfqn.second_pass import Rewind, start_of
 from kfqn.update import UpdatingOptimizer
 
 
 def _nothing() -> None:
-    """Without a closure the random state is put back where a pass through the model starts."""
+    """Without a closure that is put back where a pass through the model starts."""
 
 
 @dataclass
@@ -40,8 +40,13 @@ class Memory:
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
     stepped: bool = False  # whether there was a step since the last second pass
     used_once: set[Layer] = field(default_factory=set)  # in the last pass that was learnt from
-    whole: bool = False  # whether no second pass can be run for its loss alone
+    whole: bool = False  # whether second passes can do with no less than the first
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
+
+    def forget_starts(self) -> None:
+        """Let go of copies of buffers."""
+        self.rewind = _nothing
+        self.rewinds.clear()
 
 
 class KroneckerOptimizer(UpdatingOptimizer):
@@ -75,13 +80,10 @@ class KroneckerOptimizer(UpdatingOptimizer):
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
         calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
-        KFAC's first step without a warm start), must use the same batch every time, and draw
-        its random numbers from torch; all runs but the first leave no trace in the model
-        (`kfqn.second_pass`): no parameter of it requires a gradient in them, and ``.grad`` is None, so a
-        term of the loss that depends on parameters alone has to be added to the rest before ``backward``.
-        With an automatic step size most are run for the loss alone, and ``backward`` computes nothing then.
+        KFAC's first step without a warm start) and must use the same batch every time; what else it must
+        and may do: `kfqn.closure`. All runs but the first leave no trace in the model (`kfqn.second_pass`).
         Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
-        layer that the batch gives no gradient is left as it is.
+        layer that the batch gives no gradient is left as it is, and of an empty batch all are.
 
         Without a closure the gradients are those that are there, and nothing is learnt before `second_pass`.
 
@@ -100,7 +102,10 @@ class KroneckerOptimizer(UpdatingOptimizer):
         if closure is not None:
             self._check_closure(closure)
             loss = self._first_call(closure)
-            closure = closure if loss is not None else None
+        if self._watch.empty and not self._watch.ran and self._ranks.size == 1:
+            self._step_of_others()
+            return loss
+        closure = closure if loss is not None else None
         seen = self._move(loss, closure)
         elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
         try:
@@ -116,11 +121,19 @@ class KroneckerOptimizer(UpdatingOptimizer):
 
     def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
         """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
-        self._watch.ran, self._memory.since = False, self._watch.next_batch
-        self._memory.rewind = random_state({layer.weight.device for layer in self._layers})
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None and not self._watch.ran:
+        watch, before = self._watch, self._watch.ran or self._watch.waiting
+        watch.ran, self._memory.since = False, watch.next_batch
+        if watch.first is not None:  # there will be a second pass
+            self._memory.rewind = start_of(self._model, {layer.weight.device for layer in self._layers})
+        watch.in_closure = True
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            watch.in_closure = False
+        ran = watch.ran
+        watch.ran |= before and (watch.empty or loss is None)  # of micro-batches before
+        if loss is None and not ran:
             self._memory.rewind, self._memory.since = _nothing, 0
             return None
         if not isinstance(loss, Tensor):
@@ -134,8 +147,21 @@ class KroneckerOptimizer(UpdatingOptimizer):
                 f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
                 "loss.mean()'."
             )
+        if before and not (ran or watch.empty or watch.blind):
+            raise RuntimeError(
+                f"the closure given to {self._name}.step ran no layer, while the model ran before it: the "
+                "closure is called again after the step, so compute the loss and call backward inside it, or "
+                "call step() without one."
+            )
         self._memory.loss = loss.detach()
         return loss
+
+    def _step_of_others(self) -> None:
+        """The step of a batch that was empty for every layer: only other parameters may have gradients."""
+        self._watch.forget()
+        self._memory.stepped = False
+        if self._others is not None and self._goes_on(float(self._signs(None, [])), None, []):
+            self._others.step()
 
     def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
         """Update the weights; what was seen of every layer that moved, or None if nothing did."""

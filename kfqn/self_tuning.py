@@ -388,12 +388,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         return share == 1
 
     def _check(self, closure: Callable[[], Any]) -> None:
-        firsts = dict(self._firsts)
+        firsts, memory = dict(self._firsts), self._memory
+        rewind = memory.rewind
         while self._pending.at < 1 and not self._trust.lost:
             self._firsts.clear()
-            with self.second_pass(self._memory.loss) as again:
-                again.loss = closure()
-            self._memory.stepped = True
+            self._look_again(closure)
+            memory.stepped, memory.rewind = True, rewind
             self._firsts.update(firsts)
             self._pending.at = trusting.point(self._trust) if self._trust.checks == 1 else 1.0
 

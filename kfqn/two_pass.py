@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfqn.capture import LOSS_ALONE, Look
+from kfqn.capture import LOSS_ALONE, LOSS_WITHOUT_GRADIENTS, Look
 from kfqn.factors import LayersSeen
 from kfqn.first_look import LookingOptimizer
 from kfqn.groups import Group, State, lasting
@@ -18,6 +18,17 @@ from kfqn.layers import Layer
 from kfqn.pairs import First, averaged_pairs, changes
 from kfqn.rows import Rows
 from kfqn.second_pass import second_pass
+
+_NO_SECOND_PASS = (
+    "step() was called again without a second pass over the batch of the last step, so nothing is learnt "
+    "about curvature: after each step for which "
+    "optimizer.second_pass_due is true write 'with optimizer.second_pass(loss) as again: "
+    "again.loss = loss_fn(model(x), y); again.loss.backward()', or give step a closure."
+)
+_NO_GRADIENTS = (
+    "This happened in a second pass, where parameters require no gradient and .grad is None: leave out what "
+    "only works with them, or write optimizer.second_pass(loss, gradients=True)."
+)
 
 
 @dataclass
@@ -127,11 +138,7 @@ class TwoPassOptimizer(LookingOptimizer):
 
     def _unserved(self) -> None:
         """step() was called again, and nobody has run the second pass of the last step."""
-        self._warn(
-            "step() was called again without a second pass over the batch of the last step, so nothing "
-            "is learnt about curvature: run 'with optimizer.second_pass(): loss_fn(model(x), y)"
-            ".backward()' after each step, or give step a closure."
-        )
+        self._warn(_NO_SECOND_PASS)
 
     def _check(self, closure: Callable[[], Any]) -> None:
         """Run the closure as often as is needed before the second pass to know what its losses are worth."""
@@ -148,24 +155,32 @@ class TwoPassOptimizer(LookingOptimizer):
         return {layer for layer, group in groups.items() if self._pairs_due(group["k"] - 1, group)}
 
     def _look_again(self, closure: Callable[[], Any]) -> None:
-        """The second pass of a closure, which need not be made for passes that are run for their loss alone.
+        """The second pass of a closure, which need not be made for passes without gradients of weights.
 
-        If it fails in one, because it works with gradients itself, second passes are whole from now on.
+        If it fails in one, because it works with such gradients itself, it is run again with them, and so
+        are all second passes from now on.
         """
         firsts, memory, returned = dict(self._firsts), self._memory, False
+        paired = [layer for layer, first in firsts.items() if first.h_Dh]
         try:
             with self.second_pass(memory.loss) as again:
                 again.loss = closure()
+                if not memory.whole and self._watch.misses(paired):
+                    raise RuntimeError(_NO_GRADIENTS)
                 returned = True
         except Exception:
-            if returned or memory.whole or any(first.h_Dh for first in firsts.values()):
+            if returned or memory.whole:
                 raise
-            memory.whole = memory.stepped = True
+            memory.stepped = True
             self._firsts.update(firsts)
-            self._look_again(closure)
+            with self.second_pass(memory.loss, gradients=True) as again:
+                again.loss = closure()
+            memory.whole = True
 
     @contextlib.contextmanager
-    def second_pass(self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0) -> Iterator[Again]:
+    def second_pass(
+        self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0, gradients: bool = False
+    ) -> Iterator[Again]:
         """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
         For a training loop without closures::
@@ -184,8 +199,10 @@ class TwoPassOptimizer(LookingOptimizer):
         ``loss_scale`` is the factor that both passes' losses were multiplied with before ``backward``, that
         of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
 
-        Where only the loss is wanted, as mostly with an automatic step size, ``backward`` computes nothing,
-        and no ``.grad`` is there inside; `torch.autograd.grad` works as ever.
+        No parameter requires a gradient inside and ``.grad`` stays None; where only the loss is wanted, as
+        mostly with an automatic step size, ``backward`` computes nothing. `torch.autograd.grad` with respect
+        to anything else works as ever. A loss that needs gradients of parameters has them, at the
+        price of a first pass, with ``gradients=True``; they are dropped afterwards.
 
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
         no step was taken before, nothing ran inside, or a loss that is needed is missing.
@@ -202,12 +219,24 @@ class TwoPassOptimizer(LookingOptimizer):
         memory.stepped = self._watch.ran = False
         pairs = any(first.h_Dh for first in firsts.values())
         whole = replace(self._first_look, inputs=False, frozen=True)
-        look = whole if pairs or memory.whole else LOSS_ALONE
-        whole_pass = second_pass(self._model, memory.rewind)
-        with self._on_the_way(), whole_pass, torch.enable_grad(), self._unsynchronised():
-            with self._watch.looking(look, memory.rewinds) as seen:
+        alone = LOSS_ALONE if self._watch.differentiated else LOSS_WITHOUT_GRADIENTS
+        frozen = not (gradients or memory.whole)
+        look = replace(whole, frozen=frozen) if pairs or not frozen else alone
+        with (
+            self._on_the_way(),
+            second_pass(self._model, memory.rewind, frozen=frozen),
+            torch.enable_grad(),
+            self._unsynchronised(),
+            self._watch.looking(look, memory.rewinds) as seen,
+        ):
+            try:
                 yield again
-                ran = self._watch.ran
+            except Exception as error:
+                if frozen:
+                    error.add_note(_NO_GRADIENTS)
+                raise
+            ran = self._watch.ran
+        memory.forget_starts()
         if firsts and not (seen if pairs else ran) and self._ranks.size == 1:
             done = "computed no gradient" if ran else "ran no layer"
             raise RuntimeError(

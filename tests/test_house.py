@@ -31,6 +31,7 @@ ORDER = [
     "second_pass",
     "seen",
     "gate",
+    "hooks",
     "capture",
     "ranks",
     "groups",

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from cases import batches, closure, grouped, mlp, odd_cnn
+from cases import batches, grouped, mlp, odd_cnn
 from test_contract import OPTIMIZERS, TWO_PASS, same_weights, snapshot, train, unchanged
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -319,20 +319,6 @@ def test_a_compiled_model_trains_as_it_does_without(order):
     train(model, optimizer, data)
     train(compiled, theirs, data)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    torch._dynamo.reset()
-
-
-@DYNAMO
-def test_a_model_compiled_and_run_before_is_told_what_to_do():
-    torch._dynamo.reset()
-    model, (batch,) = mlp(), batches((5,), 1)
-    compiled = torch.compile(model, backend="eager")
-    F.cross_entropy(compiled(batch[0]), batch[1]).backward()
-    optimizer = kfqn.KFBFGS(model)
-    with pytest.raises(RuntimeError, match=r"call torch\._dynamo\.reset\(\) first"):
-        optimizer.step(closure(compiled, optimizer, *batch))
-    torch._dynamo.reset()
-    train(compiled, optimizer, [batch])
     torch._dynamo.reset()
 
 
