@@ -10,7 +10,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -87,6 +87,7 @@ class Watch:
     def forget(self) -> None:
         """Drop what was seen."""
         self._seen: dict[Layer, Seen] = {}
+        self._aside: dict[Layer, Seen] = {}  # uses whose output was differentiated, but not for the weights
         self._token = object()  # graphs of before are none of ours any more
         self._batch, self._arrived = 0, False
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
@@ -96,9 +97,13 @@ class Watch:
         if self._look is self.first:
             self._batch, self._arrived = self.next_batch, False
             self._seen.clear()
+            self._aside.clear()
 
     def take(self) -> dict[Layer, Seen]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
+        for layer in self._aside.keys() - self._seen.keys():
+            if not _has_no_gradient(layer):  # a loss of derivatives alone, for the last layer
+                self._seen[layer] = self._aside[layer]
         seen = {layer: self._seen[layer] for layer in self._open if layer in self._seen}
         self.forget()
         for message in (use.wrong for layer in seen for use in seen[layer].uses if use.wrong):
@@ -188,11 +193,19 @@ class Watch:
         self, layer: Layer, use: Use, reduction: Reduction, early: EarlyReduction | None
     ) -> Callable[[Tensor], None]:
         """What to do with the gradient of a use's pre-activation."""
-        token = self._token
+        token, aside = self._token, False
 
         def arrive(gradient: Tensor) -> None:
-            if token is not self._token or not _reaches_the_weight(layer):
+            if token is not self._token:
                 return
+            if not _reaches_the_weight(layer):
+                nonlocal aside
+                if not aside and use.Dh is None and use.wrong is None:
+                    zero = _reduced(reduction, layer, torch.zeros_like(gradient))
+                    self._aside.setdefault(layer, Seen(layer)).uses.append(replace(use, Dh=zero))
+                    aside = True
+                return
+            self._aside.pop(layer, None)
             gradient = gradient.detach()  # of a backward pass with create_graph
             Dh = _reduced(reduction, layer, gradient) if use.wrong is None else gradient
             if use.Dh is not None:  # a closure may call backward for each part of its loss
@@ -283,4 +296,4 @@ class _Observe(_Hook):
         watch = self.watch() if self.watch else None
         if watch is None or self.layer is None:
             return None
-        return watch.observe(self.layer, args[0] if args else kwargs["input"], h)
+        return watch.observe(self.layer, args[0] if args else next(iter(kwargs.values())), h)

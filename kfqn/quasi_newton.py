@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from kfqn.curvature import second_moment_matvec
 from kfqn.damping import damping_A, damping_G, in_units_of
 from kfqn.factors import Moments
-from kfqn.groups import Group, Others, State, adamw
+from kfqn.groups import Group, State
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
 from kfqn.orthogonal import orthogonalised
+from kfqn.others import Others, adamw
 from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, matvec
 from kfqn.self_tuning import SelfTuningOptimizer
-from kfqn.settings import checked_settings, resolved
+from kfqn.settings import checked_settings, momentum, resolved
 
 
 class KFQN(SelfTuningOptimizer):
@@ -53,7 +54,7 @@ class KFQN(SelfTuningOptimizer):
         """Update every H_G with the rows of damped pairs (line 18); say of each, (rows, 1), if it was."""
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        g, rows, inputs = layer.groups, layer.rows, self._inputs(layer)
+        g, rows, inputs = layer.groups, layer.rows, layer.inputs.in_blocks(group["max_factor_size"])
         H_A = (*inputs.groups, inputs.columns, inputs.columns)
         shapes = {"DW": (*g, rows, layer.columns), "H_A": H_A}
         if group["relative"]:
@@ -74,11 +75,11 @@ class KFQN(SelfTuningOptimizer):
         return super()._start(layer, moments | {"lambda_A": lambda_A}, group) | {"lambda_A": lambda_A}
 
     def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        beta = group["beta"]
+        beta = momentum(group)
         if group["automatic"]:
             beta = beta**2  # averaged in twice, Nesterov's momentum: docs/decisions.md, 34
         # line 7; docs/decisions.md, 1
-        return layer.average_DW(state["DW"], gradients, beta, self._decay(group))
+        return layer.average_DW(state["DW"], gradients, beta, self._decay(group), group["bias_decay"])
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)

@@ -33,6 +33,7 @@ ORDER = [
     "gate",
     "capture",
     "ranks",
+    "others",
     "groups",
     "pairs",
     "moves",
