@@ -278,7 +278,8 @@ class FactoredOptimizer(LayeredOptimizer):
             if not group.get("automatic") or (place not in self._factors and group["k"] > 0):
                 continue  # what was before is not known of a run that is resumed
             seen = self._factors[place] = with_factor(self._factors.get(place, Factors()), float(group["lr"]))
-            if looks_absolute(seen, group):
+            if "lr" not in self._warned and looks_absolute(seen, group):
+                self._warned.add("lr")
                 self._warn(
                     f"lr in a group was at most {seen.largest:g} in {seen.steps} steps, which looks like a "
                     "learning rate, but with lr='auto' it is a factor of what is found, 1 being all of it: "
