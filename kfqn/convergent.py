@@ -37,11 +37,11 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         lr: the learning rate α_k.
         damping: λ; λ_A = λ_G = √λ.
         history_size: p, how many pairs (s, y) are kept; the oldest is dropped.
-        beta: decay of the average of the pair (s_G, y_G).
+        beta: decay of the average of the pair (s_G, y_G). There is no momentum for a scheduler to cycle.
         mu1: μ₁ of Powell's damping.
 
     Raises:
-        ValueError: as `KFBFGS`.
+        TypeError, ValueError: as `KFBFGS`.
     """
 
     _reads = True

@@ -51,7 +51,8 @@ class KFAC(KroneckerOptimizer):
             which keeps the quadratic model of the change in predictions at κ or below; with
             ``momentum`` that of a single step's share, before it is accumulated.
         momentum: decay of an accumulated direction, P ← momentum P + H_Γ DW H_Ω; the gradient is
-            then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P.
+            then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P. OneCycleLR and
+            CyclicLR cycle it, also from 0, unless told otherwise.
         averaging: decay of an average of the weights, which `averaged` puts in their place.
         seed: of the sampled targets; by default that of `torch.manual_seed`.
 
@@ -60,7 +61,7 @@ class KFAC(KroneckerOptimizer):
     first, the times that targets were drawn, so a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: as `KFBFGS`.
+        TypeError, ValueError: as `KFBFGS`.
     """
 
     _counted = ("resets", "Omega skipped", "Gamma skipped", "inversions", "not inverted")
