@@ -172,9 +172,9 @@ class KFBFGS(KFQN):
             taken back; steps are halved where the loss of batches comes no lower for long, and layers before
             a normalisation keep their norms (`kfqn.scale_free`).
             ``lr`` in the group is then a factor of it, for schedulers, 1 being all; a warning says where it
-            looks like a learning rate. What is found is ``diagnostics()[""]["rate"]``. A number is the paper's
-            method, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD, and
-            too large a one ends in NaN.
+            looks like a learning rate. What is found is ``diagnostics()[""]["rate"]``. A number is the method
+            of the paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with
+            the damping and lie far above those of SGD, and too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A and λ_G relative to each
             layer's A and to the curvature that it meets (`kfqn.damping`), with ``damping`` in the group as a
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
