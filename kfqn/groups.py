@@ -257,7 +257,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
         for p, state, _ in pairs:
             for key, value in state.items():
                 if key == "step" and p not in others:  # a plain number in what torch saved long ago
-                    self.state[p][key] = torch.as_tensor(value, dtype=torch.float32, device="cpu").clone()
+                    self.state[p][key] = torch.as_tensor(value, device="cpu").clone()
                 elif p in layers:
                     dtype = value.dtype if key in NOTES else layers[p].dtype
                     self.state[p][key] = value.to(p.device, dtype, copy=True)

@@ -80,11 +80,17 @@ class Layer(ABC):
     def gradients(self) -> list[Tensor]:
         """``.grad`` of weight and bias, with zeros for one that has none while the other has; or nothing.
 
-        A loss of derivatives of the output alone, for one, gives the last bias none.
+        A loss of derivatives of the output alone, for one, gives the last bias none. Raises RuntimeError if
+        one of them is frozen.
         """
         parameters = self.parameters()
         if all(p.grad is None for p in parameters):
             return []
+        if any(p.grad is None and not p.requires_grad for p in parameters):
+            raise RuntimeError(
+                f"{self} got a gradient for only one of weight and bias, and the two form one matrix here: "
+                "freeze both or neither, before the optimizer is built."
+            )
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     def DW(self, gradients: Sequence[Tensor], decay: float = 0.0, of_bias: float = 1.0) -> Tensor:
