@@ -3,6 +3,7 @@
 `make examples` runs this. `make test` does not: it has none of the packages that the examples are about.
 """
 
+import copy
 import os
 import re
 import subprocess
@@ -10,7 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import kfqn
 
 HERE = Path(__file__).parent
 EXAMPLES = [
@@ -64,6 +70,37 @@ def test_it_trains_and_learns_curvature_from_every_step(run, example):
     for layer in layers:
         steps, taken = map(int, re.search(r"(\d+) steps, G taken (\d+)$", layer).groups())
         assert steps == taken > 0
+
+
+def test_gpt2_takes_the_steps_that_it_would_take_with_linear_layers():
+    """Whose weights are those of Transformers' Conv1D transposed."""
+    settings = {"vocab_size": 20, "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    config = GPT2Config(**settings, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config).double()
+    twin = copy.deepcopy(model)
+    for module in [*twin.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, Conv1D):
+                linear = torch.nn.Linear(layer.nx, layer.nf).double()
+                linear.weight.data.copy_(layer.weight.T)
+                linear.bias.data.copy_(layer.bias)
+                setattr(module, name, linear)
+    optimizers = kfqn.KFBFGS(model, weight_decay=0.01), kfqn.KFBFGS(twin, weight_decay=0.01)
+    assert len(optimizers[0]._layers) == len(optimizers[1]._layers) == 8
+    x = torch.randint(20, (9, 6))
+    for _ in range(15):
+        losses = []
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+
+            def closure(net=net, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = net(input_ids=x, labels=x).loss
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_steps_with_a_closure_and_by_hand_are_the_same(run):

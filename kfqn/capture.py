@@ -7,11 +7,12 @@ parameter requires a gradient they put every layer behind a gate (`kfqn.gate`).
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -105,6 +106,7 @@ class Watch:
     def forget(self) -> None:
         """Drop what was seen."""
         self._seen: dict[Layer, Seen] = {}
+        self._aside: dict[Layer, Seen] = {}  # uses whose output was differentiated, but not for the weights
         self._token = object()  # graphs of before are none of ours any more
         self._batch, self._arrived = 0, False
         self._start: tuple[int, Rewind] | None = None  # of the pass that runs
@@ -117,9 +119,13 @@ class Watch:
         if self._look is self.first:
             self._batch, self._arrived = self.next_batch, False
             self._seen.clear()
+            self._aside.clear()
 
     def take(self) -> dict[Layer, Seen]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
+        for layer in self._aside.keys() - self._seen.keys():
+            if not _has_no_gradient(layer):  # a loss of derivatives alone, for the last layer
+                self._seen[layer] = self._aside[layer]
         seen = {layer: self._seen[layer] for layer in self._open if layer in self._seen}
         self.forget()
         for message in (use.wrong for layer in seen for use in seen[layer].uses if use.wrong):
@@ -215,12 +221,15 @@ class Watch:
         arrive = self._arrival(layer, use, look.Dh, look.early)
         if look.frozen:
             return gated(h, arrive)
-        h.register_hook(self._of_the_weight(layer, arrive))
+        zero = functools.partial(_reduced, look.Dh, layer, layer.empty().new_zeros(()).expand(h.shape))
+        h.register_hook(self._of_the_weight(layer, use, arrive, zero))
         return None
 
-    def _of_the_weight(self, layer: Layer, arrive: Arrive) -> Callable[[Tensor | None], None]:
+    def _of_the_weight(
+        self, layer: Layer, use: Use, arrive: Arrive, zero: Callable[[], Tensor]
+    ) -> Callable[[Tensor | None], None]:
         """``arrive`` where the backward pass is for the weight, and not for something else in the loss."""
-        token = self._token
+        token, aside = self._token, False
 
         def sift(gradient: Tensor | None) -> None:
             if gradient is None or token is not self._token or not layer.weight.requires_grad:
@@ -228,8 +237,12 @@ class Watch:
             # of torch.autograd.grad with respect to the weight: to be its .grad, or to go into the loss
             if is_for(layer.weight, itself=not torch.is_grad_enabled()):
                 arrive(gradient)
-            else:
-                self.differentiated = True
+                return
+            self.differentiated = True
+            nonlocal aside
+            if not aside and use.Dh is None and use.wrong is None:
+                self._aside.setdefault(layer, Seen(layer)).uses.append(replace(use, Dh=zero()))
+                aside = True
 
         return sift
 
@@ -240,6 +253,7 @@ class Watch:
         def arrive(gradient: Tensor) -> None:
             if token is not self._token:
                 return
+            self._aside.pop(layer, None)
             gradient = gradient.detach()  # of a backward pass with create_graph
             Dh = _reduced(reduction, layer, gradient) if use.wrong is None else gradient
             if use.Dh is not None:  # a closure may call backward for each part of its loss

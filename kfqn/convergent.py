@@ -7,8 +7,9 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from kfqn.curvature import damped_inverse, second_moment
-from kfqn.groups import Group, Others, State, adamw
+from kfqn.groups import Group, State
 from kfqn.layers import Layer
+from kfqn.others import Others, adamw
 from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import dot, double_damping, lbfgs_matmul
@@ -36,11 +37,11 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         lr: the learning rate α_k.
         damping: λ; λ_A = λ_G = √λ.
         history_size: p, how many pairs (s, y) are kept; the oldest is dropped.
-        beta: decay of the average of the pair (s_G, y_G).
+        beta: decay of the average of the pair (s_G, y_G). There is no momentum for a scheduler to cycle.
         mu1: μ₁ of Powell's damping.
 
     Raises:
-        ValueError: as `KFBFGS`.
+        TypeError, ValueError: as `KFBFGS`.
     """
 
     _reads = True
@@ -86,7 +87,7 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
         """An empty history already stands for I (line 1)."""
 
     def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        return layer.DW(gradients, self._decay(group))  # without momentum
+        return layer.DW(gradients, self._decay(group), group["bias_decay"])  # without momentum
 
     def _beta(self, group: Group) -> float | None:
         return None

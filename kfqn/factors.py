@@ -13,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.capture import Look, Watch
 from kfqn.curvature import damped_inverse
-from kfqn.groups import NOTES, Group, LayeredOptimizer, Others, State
+from kfqn.groups import NOTES, Group, LayeredOptimizer, State
 from kfqn.layers import Layer
+from kfqn.others import Others
 from kfqn.ranks import Ranks
 from kfqn.rows import Rows
 from kfqn.seen import Seen
+from kfqn.settings import Factors, looks_absolute, with_factor
 
 Moments = dict[str, Tensor]  # what a layer starts from, each a mean over data
 LayersSeen = dict[Layer, Seen]
@@ -50,13 +52,15 @@ class FactoredOptimizer(LayeredOptimizer):
         self._process_group, self._shard = process_group, shard_factors
         self._error_if_nonfinite = error_if_nonfinite
         self._warned: set[str] = set()
-        super().__init__(model, defaults | {"k": 0, "refused": 0}, others, groups)
+        common = {"bias_decay": 1.0, "momentum": None, "k": 0, "refused": 0}
+        super().__init__(model, common | defaults, others, groups)
         self._begin()
 
     def _begin(self) -> None:
         """What is not saved: hooks, and the memory of the last pass."""
         self._ranks = Ranks(self._process_group)
         self._owners: dict[Layer, int] = {}
+        self._factors: dict[int, Factors] = {}  # by the place of an automatic group that is new
         self._watch = Watch(self._model, self._layers, self._full_look())
 
     def _full_look(self) -> Look:
@@ -197,7 +201,7 @@ class FactoredOptimizer(LayeredOptimizer):
                 if self._owns(layer)
             }
         for layer, state in states.items():
-            self._enter(layer, state | {"step": torch.zeros(())})
+            self._enter(layer, state | {"step": torch.zeros((), device="cpu")})
 
     def _enter(self, layer: Layer, state: State) -> None:
         """Make this the layer's state; torch.distributed.checkpoint wants every parameter to have one."""
@@ -209,7 +213,8 @@ class FactoredOptimizer(LayeredOptimizer):
         like = layer.empty()
         zeros = {key: like.new_zeros(shape) for key, shape in self._shapes(layer, self._group(layer)).items()}
         counts = torch.zeros(len(self._counted), device=like.device)
-        return zeros | {"step": torch.tensor(_EMPTY), "counts": counts, "last": counts.new_zeros(2)}
+        empty = torch.tensor(_EMPTY, device="cpu")
+        return zeros | {"step": empty, "counts": counts, "last": counts.new_zeros(2)}
 
     def _missing(self, layers: Iterable[Layer]) -> list[Layer]:
         """Which of the layers have no state to step with, in any process."""
@@ -267,6 +272,21 @@ class FactoredOptimizer(LayeredOptimizer):
         """Around a pass without weight gradients, which `DistributedDataParallel` is not to wait for."""
         running = self._watch.data_parallel
         return running.no_sync() if running is not None else contextlib.nullcontext()
+
+    def _check_factors(self) -> None:
+        """Warn once if ``lr`` of an automatic group looks like a learning rate; called at every step."""
+        for place in {*self._places.values()}:
+            group = self.param_groups[place]
+            if not group.get("automatic") or (place not in self._factors and group["k"] > 0):
+                continue  # what was before is not known of a run that is resumed
+            seen = self._factors[place] = with_factor(self._factors.get(place, Factors()), float(group["lr"]))
+            if "lr" not in self._warned and looks_absolute(seen, group):
+                self._warned.add("lr")
+                self._warn(
+                    f"lr in a group was at most {seen.largest:g} in {seen.steps} steps, which looks like a "
+                    "learning rate, but with lr='auto' it is a factor of what is found, 1 being all of it: "
+                    "leave it at 1, let a schedule go from 1 to 0, or give the optimizer a number for lr."
+                )
 
     def _count(self, state: State, increments: Mapping[str, Tensor | int]) -> None:
         for name, increment in increments.items():

@@ -1,21 +1,21 @@
 """Parameter groups: which rule trains what, and the state that is saved and loaded with them."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.layers import Layer
-from kfqn.rules import layers_of, parameters_of
+from kfqn.others import Others, adamw, made
+from kfqn.rules import bias_decay, by_decay, check_width, checked_model, layers_of, parameters_of, uncovered
 from kfqn.settings import checked_settings, resolved
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
-Others = Callable[[list[Any]], torch.optim.Optimizer]
 
 _PASSING = (
     "params",
@@ -31,9 +31,12 @@ _PASSING = (
 NOTES = ("step", "counts", "last")  # in a layer's state beside its factors
 
 
-def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
-    """What trains the parameters that belong to no layer, unless told otherwise."""
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, foreach=True)
+class Chosen(NamedTuple):
+    """What a group asks for: some parameters, settings, and whether the other rule trains them all."""
+
+    parameters: Sequence[Tensor]
+    settings: Group
+    first_order: bool
 
 
 def lasting(group: Group) -> Group:
@@ -52,17 +55,20 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
     def __init__(
         self, model: nn.Module, defaults: Group, others: Others, groups: Sequence[Mapping[str, Any]]
     ) -> None:
-        self._model, self._make_others = unwrapped(model), others
+        self._model, self._make_others = checked_model(model, self._name), others
         self._places: dict[Layer, int] = {}  # of each layer's group in param_groups
         self._other_places: list[int] = []
         self._others: torch.optim.Optimizer | None = None
         super().__init__([{"params": []}], defaults)
         self.param_groups.clear()
         chosen = [self._read(group) for group in groups]
-        taken = {p for parameters, _, _ in chosen for p in parameters}
-        self._join([p for p in self._model.parameters() if p.requires_grad and p not in taken], {}, False)
-        for parameters, settings, first_order in chosen:
-            self._join(parameters, settings, first_order)
+        taken = {p for group in chosen for p in group.parameters}
+        rest = [p for p in self._model.parameters() if p.requires_grad and p not in taken]
+        self._join([Chosen(rest, {}, False), *chosen])
+        asked = {p for group in chosen if group.first_order for p in group.parameters}
+        without = uncovered(self._model, self._layers, asked) if self._places else None
+        if without is not None:
+            warnings.warn(f"{self._name}: {without}", RuntimeWarning, stacklevel=4)
         if not self._places:
             raise ValueError(
                 "the model has no trainable Linear, Conv1d, Conv2d or Conv3d layer, so there is nothing "
@@ -89,34 +95,31 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
         """Train more of the model, for example what was frozen when the optimizer was made.
 
         ``param_group`` has either ``"modules"``, a module of the model, its name, or a list of these,
-        each with all below it; or ``"params"``, parameters of the model. Whole layers among them get
-        factors, the rest goes to the other parameters; with ``"first_order": True`` everything does.
-        What else it holds are settings: of layers, or with ``"first_order"`` of the optimizer of the
-        other parameters.
+        each with all below it; or ``"params"``, parameters of the model. Layers whose weight is among
+        them get factors, the rest goes to the other parameters and keeps the settings of ``others``; with
+        ``"first_order": True`` everything does. What else it holds are settings: of layers, or with
+        ``"first_order"`` of the optimizer of the other parameters. A bias is in the group of its weight;
+        where the groups given to the constructor have it in another one, that may differ in its
+        ``weight_decay`` alone, which the bias keeps (``bias_decay``).
 
         Raises ValueError, with nothing changed, for a name or module that is not the model's, for
-        an unknown setting or a value out of range, and if nothing is left to add.
+        an unknown setting or a value out of range, if nothing is left to add, for a layer too wide for whole
+        factors, and for a model that is sharded.
         """
         if not hasattr(self, "param_groups") or (not self.param_groups and not self._places):
             super().add_param_group(param_group)  # torch's constructor
             return
-        parameters, settings, first_order = self._read(param_group)
-        self._join(parameters, settings, first_order)
+        self._join([self._read(param_group)])
 
-    def _read(self, group: Mapping[str, Any]) -> tuple[list[Tensor], Group, bool]:
+    def _read(self, group: Mapping[str, Any]) -> Chosen:
         """The new trainable parameters that a group names, its settings, and its ``first_order``."""
+        checked_model(self._model, self._name)
         settings = dict(group)
         first_order = bool(settings.pop("first_order", False))
         if ("modules" in group) == ("params" in group):
             raise ValueError(f"a group has either 'modules' or 'params', but this one has {[*group]}.")
-        if "modules" in group:
-            named = parameters_of(self._model, settings.pop("modules"))
-        else:
-            params = settings.pop("params")
-            named = [params] if isinstance(params, Tensor) else [*params]
-            own = {*self._model.parameters()}
-            if any(p not in own for p in named):
-                raise ValueError("'params' holds a tensor that is not a parameter of this optimizer's model.")
+        named = self._named(group)
+        settings = {key: value for key, value in settings.items() if key not in ("modules", "params")}
         present = {p for old in self.param_groups for p in old["params"]}
         parameters = [p for p in named if p.requires_grad and p not in present]
         if not parameters:
@@ -132,31 +135,48 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
                 )
             settings = resolved(settings, self.defaults) if "automatic" in self.defaults else settings
             checked_settings(**settings)
-        return parameters, settings, first_order
+        return Chosen(parameters, settings, first_order)
 
-    def _join(self, parameters: list[Tensor], settings: Group, first_order: bool) -> None:
-        """New groups: one of the layers, one of what else is among the parameters."""
-        layers = [] if first_order else layers_of(self._model, parameters)
-        if layers:
-            own = [p for layer in layers for p in layer.parameters()]
-            super().add_param_group({"params": own, **settings})
-            self._places |= dict.fromkeys(layers, len(self.param_groups) - 1)
+    def _named(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """The parameters that a group names, of the model."""
+        if "modules" in group:
+            return parameters_of(self._model, group["modules"])
+        named = [group["params"]] if isinstance(group["params"], Tensor) else [*group["params"]]
+        own = {*self._model.parameters()}
+        if any(p not in own for p in named):
+            raise ValueError("'params' holds a tensor that is not a parameter of this optimizer's model.")
+        return named
+
+    def _join(self, chosen: Sequence[Chosen]) -> None:
+        """New groups: for each that is asked for those of its layers, and one of what else is in it."""
+        asked = [p for group in chosen for p in group.parameters]
+        if len({*asked}) < len(asked):
+            raise ValueError(
+                "some parameters appear in more than one group, or twice in one: name each once."
+            )
+        settings = {p: g.settings for g in chosen if not g.first_order for p in g.parameters}
+        layers = layers_of(self._model, settings)
+        decays: dict[Layer, float | None] = {}
+        for layer in layers:
+            of_weight, of_bias = (self.defaults | settings[p] for p in (layer.weight, layer.parameters()[-1]))
+            check_width(layer, self._shapes(layer, of_weight), of_weight)
+            decays[layer] = bias_decay(layer, of_weight, of_bias)
         taken = {p for layer in layers for p in layer.parameters()}
-        rest = [p for p in parameters if p not in taken]
-        if rest:
-            self._join_others({"params": rest, **(settings if first_order else {})})
+        for group in chosen:
+            own = {x: decay for x, decay in decays.items() if settings[x.weight] is group.settings}
+            for decay, alike in by_decay(own).items():
+                params = [p for layer in alike for p in layer.parameters()]
+                given = group.settings if decay is None else group.settings | {"bias_decay": decay}
+                super().add_param_group({"params": params, **given})
+                self._places |= dict.fromkeys(alike, len(self.param_groups) - 1)
+            rest = [p for p in group.parameters if p not in taken]
+            if rest:
+                self._join_others({"params": rest, **(group.settings if group.first_order else {})})
 
     def _join_others(self, group: Group) -> None:
         if self._others is None:
-            if not callable(self._make_others) or isinstance(self._make_others, torch.optim.Optimizer):
-                raise ValueError(
-                    "others must be a function that makes a torch optimizer of a list of parameters, such as "
-                    f"torch.optim.AdamW itself, but is {self._make_others!r}."
-                )
-            made = self._make_others([group] if len(group) > 1 else group["params"])
-            if isinstance(made, torch.optim.LBFGS):
-                raise ValueError("others cannot be torch.optim.LBFGS, which needs closures of its own.")
-            self._others = made
+            given = [group] if len(group) > 1 else group["params"]
+            self._others = made(self._make_others, given, self._model)
             new = [*self._others.param_groups]
         else:
             self._others.add_param_group(group)
@@ -186,7 +206,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
             shape = " × ".join(map(str, (*layer.groups, layer.rows, layer.columns)))
             megabytes = f"{entries * size / 1e6:.3g}"
             lr = "auto" if group.get("automatic") else f"{group['lr']:g}"
-            lines.append((layer.name or "the model", self._name, shape, lr, megabytes))
+            lines.append((layer.name, self._name, shape, lr, megabytes))
         for place in self._other_places:
             for p in self.param_groups[place]["params"]:
                 shape = " × ".join(map(str, p.shape)) or "1"
@@ -211,9 +231,18 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
 
         torch would cast the factors to the weight's type, which loses half their digits for
         a bfloat16 weight, and would share their memory with ``state_dict``. A history of another size
-        is taken as it is, and its ``history_size`` with it. Raises ValueError, with nothing changed,
+        is taken as it is, and its ``history_size`` with it. A setting that a group was saved without, by an
+        earlier version, is this optimizer's default. Raises ValueError, with nothing changed,
         for the state of another method or another model.
         """
+        places = {*self._places.values()}
+        completed = [
+            {**group, **{key: self.defaults[key] for key in self.defaults if key not in group}}
+            if place in places
+            else group
+            for place, group in enumerate(state_dict["param_groups"])
+        ]
+        state_dict = state_dict | {"param_groups": completed}
         pairs = [
             (p, state_dict["state"].get(i, {}), saved)
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
@@ -227,34 +256,25 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
         super().load_state_dict(state_dict)
         for p, state, _ in pairs:
             for key, value in state.items():
-                if p in layers:
-                    place = layers[p].weight.device if key != "step" else "cpu"
+                if key == "step" and p not in others:  # a plain number in what torch saved long ago
+                    self.state[p][key] = torch.as_tensor(value, device="cpu").clone()
+                elif p in layers:
                     dtype = value.dtype if key in NOTES else layers[p].dtype
-                    self.state[p][key] = value.to(place, dtype, copy=True)
+                    self.state[p][key] = value.to(p.device, dtype, copy=True)
                 elif isinstance(value, Tensor):
                     self.state[p][key] = self.state[p][key].clone()
         self._share()
+        if self._others is not None:
+            self._others.__setstate__({})  # what its own class makes of an earlier version's groups
 
     def _check_state(self, layer: Layer | None, state: State, group: Group) -> None:
         """Raise ValueError unless the saved state is of this optimizer and of this layer's shape."""
         saved = {
             key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor) and key not in NOTES
         }
-        ours = layer is not None and self.defaults.keys() <= group.keys()
-        expected = self._shapes(layer, group) if ours and layer is not None else {}
+        expected = self._shapes(layer, group) if layer is not None else {}
         if saved != expected:
             raise ValueError(
                 f"this state is not {self._name}'s for {layer or 'a bias'}: it holds {saved} where "
                 f"{expected} belongs; load it into the optimizer and model it was saved from."
             )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel` and `torch.compile`."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model

@@ -100,4 +100,6 @@ class Observe(Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
         watch = self.watch()
-        return watch.observe(self.layer, args[0] if args else kwargs["input"], h) if watch else None
+        return (
+            watch.observe(self.layer, args[0] if args else next(iter(kwargs.values())), h) if watch else None
+        )

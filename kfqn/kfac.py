@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kfqn.capture import Look, nothing_of
 from kfqn.curvature import damped_inverse, second_moment, second_moment_of_gradient
 from kfqn.factors import LayersSeen, Moments, inverse_factor
-from kfqn.groups import Group, Others, State, adamw
+from kfqn.groups import Group, State
 from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
+from kfqn.others import Others, adamw
 from kfqn.second_pass import Rewind, random_state, second_pass
 from kfqn.seen import Seen
 from kfqn.settings import checked_settings
@@ -50,7 +51,8 @@ class KFAC(KroneckerOptimizer):
             which keeps the quadratic model of the change in predictions at κ or below; with
             ``momentum`` that of a single step's share, before it is accumulated.
         momentum: decay of an accumulated direction, P ← momentum P + H_Γ DW H_Ω; the gradient is
-            then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P.
+            then not averaged by itself, as in KFC-pre, and ``DW`` in the state holds P. OneCycleLR and
+            CyclicLR cycle it, also from 0, unless told otherwise.
         averaging: decay of an average of the weights, which `averaged` puts in their place.
         seed: of the sampled targets; by default that of `torch.manual_seed`.
 
@@ -59,7 +61,7 @@ class KFAC(KroneckerOptimizer):
     first, the times that targets were drawn, so a resumed run draws what it would have drawn.
 
     Raises:
-        ValueError: as `KFBFGS`.
+        TypeError, ValueError: as `KFBFGS`.
     """
 
     _counted = ("resets", "Omega skipped", "Gamma skipped", "inversions", "not inverted")
@@ -172,17 +174,18 @@ class KFAC(KroneckerOptimizer):
 
     def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         if group["momentum"]:
-            return layer.DW(gradients, self._decay(group))
-        return layer.average_DW(state["DW"], gradients, group["beta"], self._decay(group))  # line 6
+            return layer.DW(gradients, self._decay(group), group["bias_decay"])
+        decays = self._decay(group), group["bias_decay"]
+        return layer.average_DW(state["DW"], gradients, group["beta"], *decays)  # line 6
 
     def _beta(self, group: Group) -> float | None:
-        return None if group["momentum"] else super()._beta(group)
+        return None if group["momentum"] else float(group["beta"])
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         return state["H_Gamma"] @ DW @ state["H_Omega"]  # line 7
 
     def _momentum(self, group: Group) -> float:
-        return float(group["momentum"])
+        return float(group["momentum"] or 0.0)
 
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
         if closure is None:

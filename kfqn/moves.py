@@ -32,7 +32,7 @@ def judged(
     rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
     reach, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
     sound = math.isfinite(slope) and slope >= -rounding and reach < limit
-    return Move(P, slope, norm, norm_W, max(norm_W, 0.1 * math.sqrt(len(layer.weight))), sound)
+    return Move(P, slope, norm, norm_W, max(norm_W, 0.1 * math.sqrt(layer.outputs)), sound)
 
 
 def are_finite(values: Sequence[Tensor], order: float) -> Tensor:

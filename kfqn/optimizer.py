@@ -97,6 +97,7 @@ class KroneckerOptimizer(UpdatingOptimizer):
         call shows it, weights and state are then as before. If the second fails, the step is taken but
         nothing is learnt from it.
         """
+        self._check_factors()
         loss, self._memory.rewind, self._memory.since = None, _nothing, 0
         self._memory.loss = None
         if closure is not None:

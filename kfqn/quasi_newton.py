@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from kfqn.curvature import second_moment_matvec
 from kfqn.damping import damping_A, damping_G, in_units_of
 from kfqn.factors import Moments
-from kfqn.groups import Group, Others, State, adamw
+from kfqn.groups import Group, State
 from kfqn.inputs import Blocks
 from kfqn.layers import Layer
 from kfqn.orthogonal import orthogonalised
+from kfqn.others import Others, adamw
 from kfqn.pairs import pushed
 from kfqn.rows import Rows
 from kfqn.secant import bfgs_update_, dot, double_damping, lbfgs_matmul, matvec
 from kfqn.self_tuning import SelfTuningOptimizer
-from kfqn.settings import checked_settings, resolved
+from kfqn.settings import checked_settings, momentum, resolved
 
 
 class KFQN(SelfTuningOptimizer):
@@ -53,7 +54,7 @@ class KFQN(SelfTuningOptimizer):
         """Update every H_G with the rows of damped pairs (line 18); say of each, (rows, 1), if it was."""
 
     def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        g, rows, inputs = layer.groups, layer.rows, self._inputs(layer)
+        g, rows, inputs = layer.groups, layer.rows, layer.inputs.in_blocks(group["max_factor_size"])
         H_A = (*inputs.groups, inputs.columns, inputs.columns)
         shapes = {"DW": (*g, rows, layer.columns), "H_A": H_A}
         if group["relative"]:
@@ -74,11 +75,11 @@ class KFQN(SelfTuningOptimizer):
         return super()._start(layer, moments | {"lambda_A": lambda_A}, group) | {"lambda_A": lambda_A}
 
     def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        beta = group["beta"]
+        beta = momentum(group)
         if group["automatic"]:
             beta = beta**2  # averaged in twice, Nesterov's momentum: docs/decisions.md, 34
         # line 7; docs/decisions.md, 1
-        return layer.average_DW(state["DW"], gradients, beta, self._decay(group))
+        return layer.average_DW(state["DW"], gradients, beta, self._decay(group), group["bias_decay"])
 
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
         inputs = self._inputs(layer)
@@ -163,26 +164,28 @@ class KFBFGS(KFQN):
     Args:
         model: the network, all of what the loss trains: the second pass leaves no trace in it, but would
             in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers, whose
-            inputs have the batch first, get factors; see ``others`` for what else it trains. Frozen
-            parameters are ignored.
+            inputs have the batch first, get factors, as do subclasses that keep ``forward`` and Transformers'
+            `Conv1D`; see ``others`` for what else it trains. Frozen parameters are ignored.
         lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
             (`kfqn.step_size`), with all layers moving by one share of their size, at most 1.2 over their
             number, along directions that are orthogonalised (`kfqn.orthogonal`), and a step that was bad is
             taken back; steps are halved where the loss of batches comes no lower for long, and layers before
             a normalisation keep their norms (`kfqn.scale_free`).
-            ``lr`` in the group is then a factor, for schedulers; what is found is
-            ``diagnostics()[""]["rate"]``. A number is the paper's method, with ``curvature_interval=1`` and
-            ``clip=None`` to the letter: best values grow with the damping and lie far above those of SGD, and
-            too large a one ends in NaN.
+            ``lr`` in the group is then a factor of it, for schedulers, 1 being all; a warning says where it
+            looks like a learning rate. What is found is ``diagnostics()[""]["rate"]``. A number is the method
+            of the paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with
+            the damping and lie far above those of SGD, and too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A and λ_G relative to each
             layer's A and to the curvature that it meets (`kfqn.damping`), with ``damping`` in the group as a
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
             ``lr=30, damping=30``.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G). With an automatic ``lr`` the
             step averages the mini-batch's gradient in once more, Nesterov's momentum, and the first averages,
-            which start from zero, are brought to whole weight.
+            which start from zero, are brought to whole weight. ``momentum`` in a group, which OneCycleLR and
+            CyclicLR cycle unless told otherwise, takes its place for the gradient; that of ``others`` stays.
         mu1: μ₁ of Powell's damping.
-        weight_decay: L2 regularisation: this times W is added to every gradient of a layer, biases included.
+        weight_decay: L2 regularisation: this times W is added to every gradient of a layer; of a bias it is
+            this times ``bias_decay`` of its group, 1 unless groups give weights and biases different decays.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
             of an automatic rate by the share of their size that layers move × ``weight_decay``, and layers
             whose norm is kept not at all.
@@ -197,11 +200,13 @@ class KFBFGS(KFQN):
             letter; 10 costs little more than one pass a step (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
-            "auto" does so with a number for ``lr``, else it is 256.
+            "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept
+            whole, unless a larger number is given.
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
-            AdamW with lr 1e-3 by default. `plan` shows what goes where.
+            AdamW with lr 1e-3 by default, and SparseAdam for sparse embeddings. `plan` shows what goes where,
+            and a warning says if it is most of them.
         process_group: the processes that train the model together; found by itself with
             `DistributedDataParallel` (`docs/distributed.md`).
         shard_factors: let each of these processes hold and update its share of the factors only.
@@ -211,7 +216,9 @@ class KFBFGS(KFQN):
     Settings are read from ``param_groups`` at every step. The loss must be a mean over the batch.
 
     Raises:
-        ValueError: for an argument out of range, a group that is none, or a model without any such layer.
+        TypeError: for parameters, or anything else, instead of a model.
+        ValueError: for an argument out of range, a group that is none, a model without any such layer or with
+            parameters that are sharded, and a layer that is too wide for whole factors.
     """
 
     def __init__(

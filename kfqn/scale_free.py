@@ -9,6 +9,7 @@ The gradient of such a layer has nothing along W. By that it is known, whatever 
 A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,8 @@ def towards_W(groups: ByGroup, before: Mapping[Tensor, Tensor]) -> list[Tensor]:
     parameters = [p for _, layers in groups for layer in layers for p in layer.parameters()]
     like = next(layer.empty() for _, layers in groups for layer in layers)
     moved = {p: p.grad for p in parameters if p in before and p.grad is not None}
-    norms = torch._foreach_norm([*moved.values()], 2, like.dtype) if moved else ()
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in moved.values()), like.dtype)
+    norms = torch._foreach_norm([*moved.values()], 2, dtype) if moved else ()
     length, unknown = dict(zip(moved, norms, strict=True)), like.new_full((), math.nan)
     inner = {
         p: torch.linalg.vecdot(before[p].flatten().to(like), gradient.flatten().to(like))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfqn import trust as trusting
 from kfqn.factors import LayersSeen
 from kfqn.first_look import pair_gap
 from kfqn.groups import Group
 from kfqn.layers import Layer
 from kfqn.moves import Move
 from kfqn.scale_free import ByGroup, keep_norms, note_along, towards_W
-from kfqn import trust as trusting
+from kfqn.settings import momentum
 from kfqn.step_size import (
     FIRST,
     FORGOTTEN,
@@ -256,6 +257,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         """⟨∇f, ΔW⟩ of the automatic layers, the same with L2, and of everything that moved."""
         zero = self._layers[0].empty().new_zeros(())
         of_loss, of_decay, of_rest = [zero], [zero], [zero]
+        biases = {layer.bias for layer in self._layers}
         for group in self.param_groups:
             automatic = group.get("automatic", False)
             decay = self._decay(group) if automatic else 0.0
@@ -267,7 +269,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 moved = now - W
                 (of_loss if automatic else of_rest).append(torch.linalg.vecdot(DW, moved))
                 if decay:
-                    of_decay.append(decay * torch.linalg.vecdot(W, moved))
+                    share = group["bias_decay"] if p in biases else 1.0
+                    of_decay.append(decay * share * torch.linalg.vecdot(W, moved))
         slope, decayed, rest = (torch.stack(terms).sum() for terms in (of_loss, of_decay, of_rest))
         return [slope, slope + decayed, slope + rest]
 
@@ -308,7 +311,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _weight_of_averages(self, group: Group) -> float:
         """What the weights in P sum up to: averages start from zero (docs/decisions.md, 32 and 34)."""
-        return 1 - float(group["beta"]) ** (self._search.steps + 2)
+        return 1 - momentum(group) ** (self._search.steps + 2)
 
     def _usual(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
         """‖P‖ of every layer as a share of its size, the largest of late; kept in its group."""
@@ -361,7 +364,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
                 "the second pass has ended without its loss, so the step was taken without learning from it: "
                 "set again.loss inside 'with optimizer.second_pass(loss) as again:'."
             )
-        before, after = torch.as_tensor(before), torch.as_tensor(after)
+        device = self._layers[0].weight.device
+        before, after = torch.as_tensor(before, device=device), torch.as_tensor(after, device=device)
         f0, f1, slope, regularised, of_all, *found = self._mean(
             [before, after, *pending.slopes, *pending.towards_W]
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 _RANGES = {  # low, high, whether low itself is allowed
     "lr": (0, math.inf, False),
@@ -10,26 +10,35 @@ _RANGES = {  # low, high, whether low itself is allowed
     "beta": (0, 1, True),
     "mu1": (0, 1, False),
     "weight_decay": (0, math.inf, True),
+    "bias_decay": (0, math.inf, True),
     "momentum": (0, 1, True),
     "averaging": (0, 1, True),
     "clip": (0, math.inf, False),
 }
+_UNSET = ("clip", "max_factor_size", "momentum")  # may be None
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
 _LARGEST = 256  # rows of a factor, where none are given with an automatic one
+_WATCHED = 20  # steps after which a factor of what is found is told from a learning rate
+_FACTOR = 0.1  # a factor reaches this at some time
+_RISING = 1e-3  # and this even early in a long warm-up
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:
-    """The settings as a group; ValueError for one that is out of range. None and flags are not looked at."""
+    """The settings as a group; ValueError for one that is out of range. Flags are not looked at."""
     for name, value in settings.items():
-        if value is None or name not in (*_RANGES, *_WHOLE):
+        if name not in (*_RANGES, *_WHOLE) or (value is None and name in _UNSET):
             continue
         if name in _WHOLE:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
             continue
         low, high, closed = _RANGES[name]
-        if isinstance(value, str) or not (low <= value < high if closed else low < value < high):
+        try:
+            inside = low <= value < high if closed else low < value < high
+        except TypeError:  # no number
+            inside = False
+        if not inside:
             upper = "finite" if high == math.inf else f"< {high:g}"
             raise ValueError(f"{name} must be {'>=' if closed else '>'} {low:g} and {upper}, got {value}.")
     return settings
@@ -63,3 +72,38 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         given["max_factor_size"] = _LARGEST if automatic else None
     bounded = unset["max_factor_size"]
     return settings | given | {"automatic": automatic, "relative": relative, "bounded": bounded}
+
+
+def momentum(group: Mapping[str, Any]) -> float:
+    """β of the average of the gradient.
+
+    ``momentum`` is None, and ``beta`` holds, unless it is set: by OneCycleLR and CyclicLR, which cycle it.
+    """
+    return float(group["beta"] if group["momentum"] is None else group["momentum"])
+
+
+class Factors(NamedTuple):
+    """What was seen of an automatic group's ``lr``: in how many steps, the largest, and how long ago."""
+
+    steps: int = 0
+    largest: float = 0.0
+    since: int = 0
+
+
+def with_factor(seen: Factors, lr: float) -> Factors:
+    """With the ``lr`` of one more step."""
+    since = 1 if lr > seen.largest else seen.since + 1
+    return Factors(seen.steps + 1, max(seen.largest, lr), since)
+
+
+def looks_absolute(seen: Factors, group: Mapping[str, Any]) -> bool:
+    """Whether an automatic group's ``lr`` looks like a learning rate, and not like a factor of what is found.
+
+    A schedule of factors is at 0.1 or more at some time: at first if it decays, and later if it warms up,
+    where it keeps rising until then and is at 0.001 or more after 20 steps; or it says so itself, by
+    ``initial_lr`` or ``max_lr`` in the group. A group at rest, with 0, is none.
+    """
+    told = (float(group.get(key, 0.0)) for key in ("initial_lr", "max_lr"))
+    if seen.steps < _WATCHED or not 0 < max(seen.largest, *told) < _FACTOR or not seen.largest:
+        return False
+    return seen.since >= _WATCHED or seen.largest < _RISING

@@ -135,8 +135,8 @@ def with_loss(trust: Trust, loss: float) -> Trust:
 
 
 _THEN = (
-    "From now on every layer moves by {share:.0%} of the size of a usual initialisation times its group's 'lr', "
-    "which any scheduler may change, and there are no second passes"
+    "From now on every layer moves by {share:.0%} of the size of a usual initialisation times its group's "
+    "'lr', which any scheduler may change, and there are no second passes"
 )
 REASONS = {
     "same": "the loss of the same batch came out different when it was computed again with no step between, "
@@ -150,8 +150,8 @@ REASONS = {
     f"cannot judge steps. {_THEN}. Likely causes: the second pass does not do what the first did, or the "
     "gradients do not belong to the loss.",
     "falling": "the losses of batches have fallen by many times their size and have no floor, so losses "
-    f"cannot judge steps. {_THEN}. Likely cause: a loss that is not one function, as where two networks train "
-    "against each other.",
+    f"cannot judge steps. {_THEN}. Likely cause: a loss that is not one function, as where two networks "
+    "train against each other.",
     "rising": "the losses of batches have risen above where they began although each step lowered the loss "
     f"of its own batch, so losses cannot judge steps. {_THEN}. Likely causes: very small batches, or a loss "
     "that is not one function, as where two networks train against each other.",

@@ -13,6 +13,7 @@ from kfqn.graphs import Graphs
 from kfqn.groups import Group, State, lasting
 from kfqn.layers import Layer, average_DW_
 from kfqn.moves import Move, judged
+from kfqn.settings import momentum
 
 Average = Callable[[Layer, Sequence[Tensor], State, Group], Tensor]
 
@@ -55,7 +56,7 @@ class UpdatingOptimizer(FactoredOptimizer):
 
     def _beta(self, group: Group) -> float | None:
         """β of D̂W ← β D̂W + (1 − β) DW, kept as ``DW`` in the state; None if no average is kept."""
-        return float(group["beta"])
+        return momentum(group)
 
     @abstractmethod
     def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
@@ -163,7 +164,7 @@ class UpdatingOptimizer(FactoredOptimizer):
             of_group = [layer for layer in layers if self._group(layer) is group]
             if beta is not None:
                 kept = {layer: self.state[layer.weight]["DW"] for layer in of_group}
-                average_DW_(kept, beta, self._decay(group))
+                average_DW_(kept, beta, self._decay(group), group["bias_decay"])
 
     def _apply(self, layer: Layer, move: Move, rate: float, scale: float) -> None:
         """W ← W − α P."""
@@ -182,7 +183,7 @@ class UpdatingOptimizer(FactoredOptimizer):
     def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
         """W ← (1 − shrinking) W + alpha P."""
         if shrinking:
-            layer.set_(layer.W().mul_(1 - shrinking))
+            layer.shrink_(shrinking, self._group(layer)["bias_decay"])
         layer.add_(P, alpha)
 
     def _note_moves(self, norms: Mapping[Layer, float]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from foreign import Conv1D
 from torch import nn
 
 import kfqn
@@ -20,11 +21,30 @@ class LayerCase:
         return self.make(*self.arguments, **self.options)
 
 
+class Kept(nn.Linear):
+    """Another initialisation, and what the layer computes as it was."""
+
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight)
+        nn.init.ones_(self.bias)
+
+
+class KeptConvolution(nn.Conv2d):
+    """Nothing of its own but a method."""
+
+    def norm(self):
+        return self.weight.norm()
+
+
 LAYERS = {
     "linear": LayerCase(nn.Linear, (4, 3), {}, (4,)),
     "linear, no bias": LayerCase(nn.Linear, (4, 3), {"bias": False}, (4,)),
     "linear, one more dimension": LayerCase(nn.Linear, (4, 3), {}, (5, 4)),
     "linear, two more, no bias": LayerCase(nn.Linear, (4, 3), {"bias": False}, (2, 3, 4)),
+    "transposed": LayerCase(Conv1D, (3, 4), {}, (4,)),
+    "transposed, two more dimensions": LayerCase(Conv1D, (3, 4), {}, (2, 3, 4)),
+    "a subclass that keeps forward": LayerCase(Kept, (4, 3), {}, (5, 4)),
+    "a subclass of a convolution": LayerCase(KeptConvolution, (2, 3, 3), {"stride": 2}, (2, 5, 4)),
     "conv": LayerCase(nn.Conv2d, (2, 3, 3), {"padding": 1}, (2, 4, 5)),
     "conv, no bias": LayerCase(nn.Conv2d, (2, 3, 3), {"bias": False}, (2, 4, 5)),
     "conv 1x1": LayerCase(nn.Conv2d, (3, 2, 1), {}, (3, 3, 2)),
@@ -106,6 +126,13 @@ def mixer():
     return nn.Sequential(
         nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
     )
+
+
+def transposed():
+    """Layers with the weight of a `Linear` transposed, one of them used twice; input (3, 5)."""
+    twice = Conv1D(6, 6)
+    body = [Conv1D(6, 5), nn.Tanh(), twice, nn.Tanh(), twice, nn.Tanh()]
+    return nn.Sequential(*body, nn.Flatten(), Conv1D(3, 18))
 
 
 def mlp():

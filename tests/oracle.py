@@ -9,15 +9,17 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from foreign import Conv1D
 from torch import nn
 
-TRAINABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR = (nn.Linear, Conv1D)
+TRAINABLE = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def vectors(module, a):
     """a_t(n) for one layer, or one group's channels, (m, |T|, C), and the shape of T; entry by entry."""
     one = [] if module.bias is None else [1.0]
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         rows = [[torch.cat((v, v.new_tensor(one))) for v in an.reshape(-1, an.shape[-1])] for an in a]
         return torch.stack([torch.stack(row) for row in rows]), tuple(a.shape[1:-1])
     k, s, d = module.kernel_size, module.stride, module.dilation
@@ -47,7 +49,8 @@ def vectors(module, a):
 
 def matrix(module):
     """W = [weight | bias], (I, C), of all groups one below the other."""
-    columns = [module.weight.detach().flatten(1)]
+    weight = module.weight.detach()
+    columns = [weight.T if isinstance(module, Conv1D) else weight.flatten(1)]
     if module.bias is not None:
         columns.append(module.bias.detach()[:, None])
     return torch.cat(columns, dim=1).clone()
@@ -61,6 +64,8 @@ def layers(net):
 
 def column_channels(module):
     """The channel of each column of a group's W but the bias."""
+    if isinstance(module, Conv1D):
+        return [*range(len(module.weight))]
     return [j for j in range(module.weight.shape[1]) for _ in range(module.weight[0, 0].numel())]
 
 
@@ -113,9 +118,11 @@ class Algorithm2:
         self.net, self.loss, self.history = list(net), loss, history
         self.lr, self.lam, self.beta, self.mu1, self.decay = lr, damping**0.5, beta, mu1, weight_decay
         self.decoupled = 0.0  # lr times a decoupled weight decay
+        self.bias_decay = 1.0  # what share of the weights' decay the biases have
+        modules = layers(self.net)
+        self.with_bias = [m.bias is not None for m in modules]
         self.interval, self.steps = 1, 0  # curvature is learnt at every so manyth step
         largest = largest or sys.maxsize
-        modules = layers(self.net)
         self.blocks_A = [blocks(column_channels(m), largest, m.bias is not None) for m in modules]
         self.blocks_G = [blocks([*range(len(W))], largest, False) for W in matrices(self.net)]
         self.W = list(matrices(self.net))
@@ -145,7 +152,7 @@ class Algorithm2:
                         h.requires_grad_(True)
                     a_list[i].append(at.detach())
                     h_list[i].append(h)
-                    if isinstance(m, nn.Linear):
+                    if isinstance(m, LINEAR):
                         outputs.append(h.reshape(len(x), *T, h.shape[2]))
                     else:
                         outputs.append(h.transpose(1, 2).reshape(len(x), h.shape[2], *T))
@@ -180,6 +187,13 @@ class Algorithm2:
             A = torch.block_diag(*[A[b][:, b] for b in cut])
             self.H_A.append(torch.linalg.inv(A + self.lam * torch.eye(len(A), dtype=A.dtype)))
 
+    def decayed(self, i, decay):
+        """Weight decay of a layer, that of the bias apart."""
+        shares = torch.full_like(self.W[i], decay)
+        if self.with_bias[i]:
+            shares[:, -1] *= self.bias_decay
+        return shares * self.W[i]
+
     def step(self, x, target):
         """Lines 5-19."""
         if self.H_A is None:
@@ -191,9 +205,9 @@ class Algorithm2:
                 for Dn, an in zip(Dh[i], a[i], strict=True)
                 for D, v in zip(Dn, an, strict=True)
             ) / len(x)
-            DW = DW + self.decay * self.W[i]
+            DW = DW + self.decayed(i, self.decay)
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
-            self.W[i] = (1 - self.decoupled) * self.W[i]
+            self.W[i] = self.W[i] - self.decayed(i, self.decoupled)
             self.W[i] = self.W[i] - self.lr * self.H_G[i] @ self.average[i] @ self.H_A[i]
         self.steps += 1
         k = self.steps - 1
@@ -236,7 +250,8 @@ class Algorithm3(Algorithm2):
         a, h, Dh = self.pass_over(x, target)
         for i in range(len(self.W)):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
-            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * self.W[i]
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decayed(i, self.decay)
+            self.W[i] = self.W[i] - self.decayed(i, self.decoupled)
             self.W[i] = self.W[i] - self.lr * self.H_G[i] @ DW @ self.H_A[i]
         _, h_new, Dh_new = self.pass_over(x, target)
         self.start_from(a)
@@ -282,7 +297,7 @@ class Algorithm5(Algorithm2):
         a, _, Dh = self.pass_over(x, target)
         for i in range(len(self.W)):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
-            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * self.W[i]
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decayed(i, self.decay)
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
             self.W[i] = self.W[i] - self.lr * self.H_Gamma[i] @ self.average[i] @ self.H_Omega[i]
         _, _, Dh = self.pass_over(x, sampled)

@@ -4,13 +4,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, grouped, mixer, mlp, odd_cnn, recurrent
+from cases import batches, closure, grouped, mixer, mlp, odd_cnn, recurrent, transposed
 
 import kfqn
 
 pytestmark = pytest.mark.usefixtures("double")
 NETS = {"cnn": (odd_cnn, (2, 6, 6)), "mlp": (mlp, (5,)), "mixer": (mixer, (4, 5))}
 NETS |= {"grouped": (grouped, (4, 5, 5)), "recurrent": (recurrent, (2, 6, 6))}
+NETS |= {"transposed": (transposed, (3, 5))}
 HISTORY = 6  # wraps round three times in twenty steps
 
 

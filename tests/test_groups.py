@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, mlp, odd_cnn
+from cases import batches, grouped, mlp, odd_cnn, transposed
 from test_contract import OPTIMIZERS, snapshot, train, unchanged
 from torch import nn
 
@@ -46,6 +46,114 @@ def test_every_layer_follows_the_settings_of_its_group():
             train(twin, alone, [(x, target)])
             got, expected = model.get_submodule(name).weight, twin.get_submodule(name).weight
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def by_dimension(model, of_biases=0.0, **settings):
+    """Two groups as nanoGPT makes them: matrices with weight decay, and the rest without or with less."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1, **settings},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": of_biases, **settings},
+    ]
+
+
+DECAYED = {
+    "KFBFGS": (kfqn.KFBFGS, oracle.Algorithm2, {}),
+    "KFLBFGS": (kfqn.KFLBFGS, oracle.Algorithm2, {"history_size": 6}),
+    "ConvergentKFLBFGS": (kfqn.ConvergentKFLBFGS, oracle.Algorithm3, {"history_size": 6}),
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("of_biases", [0.0, 0.04])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("net", [odd_cnn, grouped, transposed])
+@pytest.mark.parametrize("name", DECAYED)
+def test_biases_may_have_a_weight_decay_of_their_own(name, net, decoupled, of_biases):
+    (method, algorithm, more), model = DECAYED[name], net()
+    settings = {"lr": 0.5, "damping": 0.3, "beta": 0.8, "mu1": 0.25}
+    decays = (0.0, 0.5 * 0.1) if decoupled else (0.1, 0.0)
+    history = {"history": 6} if more else {}
+    reference = algorithm(model, F.cross_entropy, **settings, weight_decay=decays[0], **history)
+    reference.decoupled, reference.bias_decay = decays[1], of_biases / 0.1
+    groups = by_dimension(model, of_biases)
+    optimizer = method(model, **settings, **more, decoupled_weight_decay=decoupled, groups=groups)
+    assert all(layer.bias is not None for layer in optimizer._layers if layer.modules[0].bias is not None)
+    shape = {odd_cnn: (2, 6, 6), grouped: (4, 5, 5), transposed: (3, 5)}[net]
+    for x, target in batches(shape, 8):
+        reference.step(x, target)
+        train(model, optimizer, [(x, target)])
+    for got, W in zip(oracle.matrices(model), reference.W, strict=True):
+        torch.testing.assert_close(got, W, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_pulls_on_what_it_is_given_for(make, decoupled):
+    """Without a loss that could tell: gradients of zero, and the decay is all there is."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    nn.init.ones_(model[2].bias)
+    twins = copy.deepcopy(model), copy.deepcopy(model)
+    data = batches((5,), 6)
+    for twin, of_biases in zip(twins, (0.0, 0.1), strict=True):
+        groups = by_dimension(twin, of_biases, decoupled_weight_decay=decoupled)
+        train(twin, make(twin, lr=0.05, groups=groups), data)
+    assert twins[0][2].bias.norm() > twins[1][2].bias.norm()
+
+
+@pytest.mark.usefixtures("double")
+def test_a_step_is_judged_by_the_decay_that_each_parameter_has():
+    """The slope along the step of the loss with λ/2 ‖W‖², without the biases."""
+    model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
+    optimizer = kfqn.KFBFGS(model, groups=by_dimension(model))
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(x), target).backward()
+    optimizer.step()
+    slope, regularised, _ = (float(x) for x in optimizer._pending.slopes)
+    pairs = zip(model.parameters(), before, strict=True)
+    moved = [(p.detach() - W, p.grad, W) for p, W in pairs]
+    assert slope == pytest.approx(sum(float((d * g).sum()) for d, g, _ in moved))
+    of_decay = sum(0.1 * float((d * W).sum()) for d, _, W in moved if W.dim() >= 2)
+    assert regularised - slope == pytest.approx(of_decay)
+
+
+def test_groups_by_dimension_train_and_resume(make):
+    model, data = mlp(), batches((5,), 8)
+    optimizer = make(model, groups=by_dimension(model))
+    assert len(optimizer._layers) == 2
+    assert [group["bias_decay"] for group in optimizer.param_groups] == [0.0]
+    twin = mlp()
+    twin.load_state_dict(model.state_dict())
+    theirs = make(twin, groups=by_dimension(twin))
+    train(model, optimizer, data[:4])
+    twin.load_state_dict(model.state_dict())
+    theirs.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, data[4:])
+    train(twin, theirs, data[4:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_weights_and_biases_whose_groups_differ_in_more_are_refused_by_name():
+    model = mlp()
+    wrong = by_dimension(model)
+    wrong[1]["lr"] = 0.2
+    with pytest.raises(ValueError, match=r"weight and bias of '2' \(Linear\) .* differ in lr, .*automatic"):
+        kfqn.KFBFGS(model, groups=wrong)
+    with pytest.raises(ValueError, match=r"'2' \(Linear\) .* differ in beta: put both into one group"):
+        kfqn.KFBFGS(model, groups=[{"params": model[2].weight, "beta": 0.5}])
+    with pytest.raises(ValueError, match=r"'2' \(Linear\) .* weight_decay, and the weight has none"):
+        kfqn.KFBFGS(model, groups=[{"params": model[2].bias, "weight_decay": 0.5}])
+    with pytest.raises(ValueError, match="some parameters appear in more than one group"):
+        kfqn.KFBFGS(model, groups=[{"modules": "2"}, {"params": model[2].bias}])
+
+
+def test_a_bias_for_the_other_rule_leaves_the_layer_its_factors(make):
+    model, data = mlp(), batches((5,), 4)
+    optimizer = make(model, groups=[{"params": model[2].bias, "first_order": True, "lr": 0.01}])
+    assert [layer.columns for layer in optimizer._layers] == [5, 6]
+    before = model[2].bias.clone()
+    losses = train(model, optimizer, data[:1] * 20)
+    assert losses[-1] < losses[0]
+    assert "exp_avg" in optimizer.state[model[2].bias]
+    assert not torch.equal(before, model[2].bias)
 
 
 @pytest.mark.usefixtures("double")

@@ -34,6 +34,7 @@ ORDER = [
     "hooks",
     "capture",
     "ranks",
+    "others",
     "groups",
     "pairs",
     "moves",

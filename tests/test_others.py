@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches
+from cases import Kept, KeptConvolution, batches
+from foreign import Conv1D
 from test_contract import OPTIMIZERS, snapshot, train, unchanged
 from torch import nn
 
@@ -20,7 +21,17 @@ def make(request):
 
 
 class Scaled(nn.Linear):
-    """A subclass may compute anything."""
+    """A subclass with its own forward may compute anything."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Padded(nn.Conv1d):
+    """The same, where a convolution is done."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(F.pad(x, (1, 0)), weight, bias)
 
 
 def tied(biases=False):
@@ -34,6 +45,12 @@ def tied(biases=False):
 def tied_embedding():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5), nn.Linear(5, 2))
     model[1].weight = model[0].weight
+    return model
+
+
+def tied_to_a_subclass():
+    model = nn.Sequential(nn.Linear(3, 3), Kept(3, 3))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
     return model
 
 
@@ -63,8 +80,29 @@ PLANS = {  # name: model, its layers, the other parameters
     "batch norm": (beside(lambda: nn.BatchNorm1d(3)), ["0"], ["1.weight", "1.bias"]),
     "groups": (beside(lambda: nn.Conv2d(4, 4, 1, groups=2)), ["0", "1"], []),
     "embedding": (beside(lambda: nn.Embedding(3, 2)), ["0"], ["1.weight"]),
-    "transposed": (beside(lambda: nn.ConvTranspose1d(2, 3, 2)), ["0"], ["1.weight", "1.bias"]),
-    "subclass": (beside(lambda: Scaled(3, 3)), ["0"], ["1.weight", "1.bias"]),
+    "transposed convolution": (beside(lambda: nn.ConvTranspose1d(2, 3, 2)), ["0"], ["1.weight", "1.bias"]),
+    "subclass with its own forward": (beside(lambda: Scaled(3, 3)), ["0"], ["1.weight", "1.bias"]),
+    "subclass with its own convolution": (beside(lambda: Padded(3, 3, 1)), ["0"], ["1.weight", "1.bias"]),
+    "subclass": (beside(lambda: Kept(3, 3)), ["0", "1"], []),
+    "subclass of a convolution": (beside(lambda: KeptConvolution(3, 3, 2)), ["0", "1"], []),
+    "transposed": (beside(lambda: Conv1D(3, 3)), ["0", "1"], []),
+    "transposed, subclass": (beside(lambda: type("Mine", (Conv1D,), {})(3, 3)), ["0", "1"], []),
+    "transposed, another forward": (
+        beside(lambda: type("Mine", (Conv1D,), {"forward": lambda self, x: x})(3, 3)),
+        ["0"],
+        ["1.weight", "1.bias"],
+    ),
+    "another package's": (
+        beside(lambda: type("Conv1D", (nn.ConvTranspose1d,), {})(2, 3, 2)),
+        ["0"],
+        ["1.weight", "1.bias"],
+    ),
+    "attention": (
+        beside(lambda: nn.MultiheadAttention(2, 1)),
+        ["0"],
+        ["1.in_proj_weight", "1.in_proj_bias", "1.out_proj.weight", "1.out_proj.bias"],
+    ),
+    "tied to a subclass": (tied_to_a_subclass, ["0, 1"], []),
     "spectral norm": (
         beside(lambda: nn.utils.spectral_norm(nn.Linear(3, 3))),
         ["0"],
@@ -89,6 +127,7 @@ PLANS = {  # name: model, its layers, the other parameters
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*trainable parameters get factors:RuntimeWarning")
 @pytest.mark.parametrize("name", PLANS)
 def test_every_trainable_parameter_is_trained_by_one_rule(name):
     make, expected_layers, expected_others = PLANS[name]
@@ -215,13 +254,62 @@ def test_a_frozen_bias_leaves_a_layer_without_homogeneous_coordinate():
 
 
 def test_sparse_gradients_of_an_embedding(make):
-    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
     optimizer = make(model, others=lambda p: torch.optim.SparseAdam(p, lr=0.1))
     before = model[0].weight.clone()
     words, target = torch.tensor([[0, 1], [1, 2]]), torch.tensor([0, 1])
     train(model, optimizer, [(words, target)] * 2)
     moved = (model[0].weight != before).any(1)
-    assert moved.tolist() == [True] * 3 + [False] * 6
+    assert moved.tolist() == [True] * 3 + [False] * 3
+
+
+class Words(nn.Module):
+    """Bags of words with sparse gradients, and a normalisation with dense ones."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.words, self.norm = module, nn.LayerNorm(4)
+        self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        words = self.words(x) if isinstance(self.words, nn.EmbeddingBag) else self.words(x).mean(1)
+        return self.head(torch.tanh(self.hidden(self.norm(words))))
+
+
+@pytest.mark.parametrize("module", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_without_a_word_about_others(make, module, tmp_path):
+    """Sparse gradients do what they do under SparseAdam alone, and those of the rest what AdamW does."""
+    model = Words(module(9, 4, sparse=True))
+    twin, data = copy.deepcopy(model), [(torch.tensor([[0, 1], [1, 2]]), torch.tensor([0, 1]))] * 4
+    optimizer = make(model, lr=1e-38)
+    alone = (
+        torch.optim.SparseAdam([twin.words.weight], lr=1e-3),
+        torch.optim.AdamW(twin.norm.parameters(), lr=1e-3, weight_decay=0.0),
+    )
+    for x, target in data:
+        train(model, optimizer, [(x, target)])
+        twin.zero_grad()
+        F.cross_entropy(twin(x), target).backward()
+        for theirs in alone:
+            theirs.step()
+        torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-7)
+    torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+    other = copy.deepcopy(model)
+    resumed = make(other, lr=1e-38)
+    resumed.load_state_dict(torch.load(tmp_path / "saved.pt"))
+    train(model, optimizer, data[:2])
+    train(other, resumed, data[:2])
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("others", [torch.optim.AdamW, torch.optim.NAdam])
+def test_others_that_take_no_sparse_gradients_are_refused_at_once(others):
+    message = rf"others makes {others.__name__}, which takes no sparse gradients, and 'words' \(Embedding\)"
+    model = Words(nn.Embedding(9, 4, sparse=True))
+    with pytest.raises(ValueError, match=message):
+        kfqn.KFBFGS(model, others=others)
+    model.words.requires_grad_(False)
+    kfqn.KFBFGS(model, others=others)
 
 
 @pytest.mark.parametrize("wrong", [3, torch.optim.LBFGS, torch.optim.SGD([torch.zeros(1)], lr=0.1)])

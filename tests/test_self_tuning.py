@@ -296,6 +296,7 @@ def test_a_tiny_step_says_little_of_what_is_gained():
     assert left_by_gain(tiny, 0.5) == pytest.approx(left_by_gain(told, 0.5), rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:.*which looks like a learning rate:RuntimeWarning")  # a factor, here
 def test_what_a_scheduler_has_shortened_is_not_shortened_again():
     """Bounded by what its steps would gain without the scheduler, the loss stays at 1.08; it ends at 0.90."""
     torch.manual_seed(1)

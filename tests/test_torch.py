@@ -130,8 +130,9 @@ SCHEDULERS = {
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=5),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2, cycle_momentum=False),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9, cycle_momentum=False),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9),
+    "OneCycleLR, lr alone": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9, cycle_momentum=False),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
@@ -146,7 +147,8 @@ SCHEDULERS = {
 def test_every_scheduler_of_torch_does_to_every_group_what_it_does_to_sgd(name):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     optimizer = kfqn.KFBFGS(model, lr=0.4, others=lambda p: torch.optim.SGD(p, lr=0.2))
-    sgd = torch.optim.SGD([{"params": [*mlp().parameters()], "lr": lr} for lr in (0.4, 0.2)])
+    alike = [{"params": [*mlp().parameters()], "lr": lr} for lr in (0.4, 0.2)]
+    sgd = torch.optim.SGD(alike, momentum=0.9)
     schedulers = SCHEDULERS[name](optimizer), SCHEDULERS[name](sgd)
     for data in batches((5,), 4):
         train(model, optimizer, [data])
@@ -263,6 +265,135 @@ def test_a_history_of_another_size_is_taken_as_it_is():
     assert theirs.param_groups[0]["history_size"] == 3
     train(model, optimizer, data[6:])
     train(twin, theirs, data[6:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+LATER = ("clip", "decoupled_weight_decay", "norms", "along", "bias_decay", "momentum", "k", "refused", "mu1")
+
+
+@pytest.mark.parametrize("missing", [*((key,) for key in LATER), LATER], ids=" ".join)
+def test_a_state_of_an_earlier_version_has_the_defaults_of_what_it_lacks(make, missing):
+    """In a group of layers; that of the others is what its own class makes of it."""
+    model, data = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), batches((5,), 6)
+    optimizer = make(model)
+    train(model, optimizer, data[:3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in missing:
+        saved["param_groups"][0].pop(key, None)
+    saved["param_groups"][1].pop("maximize")
+    before = copy.deepcopy(saved)
+    theirs = make(twin := copy.deepcopy(model))
+    theirs.load_state_dict(saved)
+    assert repr(saved) == repr(before)
+    for key in missing:
+        assert theirs.param_groups[0].get(key) == theirs.defaults.get(key)
+    assert theirs.param_groups[1]["maximize"] is False
+    assert theirs.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    losses = train(twin, theirs, data[3:])
+    assert all(loss.isfinite() for loss in losses)
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_the_state_of_another_method_is_refused_also_without_its_settings(name):
+    """What a state lacks is filled in, and the shapes still tell whose it is."""
+    model = mlp()
+    kfac = kfqn.KFAC(model, averaging=0.9)
+    train(model, kfac, batches((5,), 1))
+    saved = kfac.state_dict()
+    optimizer = TWO_PASS[name](mlp())
+    before = snapshot(optimizer._model, optimizer)
+    saved["param_groups"][0] = {"params": saved["param_groups"][0]["params"]}
+    with pytest.raises(ValueError, match="this state is not "):
+        optimizer.load_state_dict(saved)
+    assert unchanged(before, snapshot(optimizer._model, optimizer))
+
+
+def test_steps_that_were_saved_as_plain_numbers(make):
+    model, data = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), batches((5,), 6)
+    optimizer = make(model)
+    train(model, optimizer, data[:3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].item()
+    twin = copy.deepcopy(model)
+    theirs = make(twin)
+    theirs.load_state_dict(saved)
+    train(model, optimizer, data[3:])
+    train(twin, theirs, data[3:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+# Defaults of torch, and models of several types.
+
+
+@pytest.fixture
+def nowhere():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_default_device_is_none_of_an_optimizer_s_business(make, nowhere):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(5, 4, device="cpu"), nn.BatchNorm1d(4, device="cpu"))
+    optimizer = make(model)
+    warm = torch.randn(7, 5, device="cpu"), torch.zeros(7, dtype=torch.long, device="cpu")
+    optimizer.warm_start([closure(model, optimizer, *warm)])
+    for _ in range(3):
+        optimizer.step(closure(model, optimizer, *warm))
+    optimizer.load_state_dict(optimizer.state_dict())
+    loss = optimizer.step(closure(model, optimizer, *warm))
+    assert loss.isfinite()
+    assert {v.device.type for s in optimizer.state.values() for v in s.values()} == {"cpu"}
+    if hasattr(optimizer, "second_pass_due"):
+        loss = F.cross_entropy(model(warm[0]), warm[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if optimizer.second_pass_due:
+            with optimizer.second_pass(loss.item()) as again:
+                again.loss = F.cross_entropy(model(warm[0]), warm[1])
+                again.loss.backward()
+
+
+class Mixed(nn.Module):
+    """Layers of several types, one after the other."""
+
+    def __init__(self, types):
+        super().__init__()
+        sizes = [5, 6, 4, 3]
+        self.layers = nn.ModuleList(
+            nn.Linear(i, o, dtype=dtype) for i, o, dtype in zip(sizes[:-1], sizes[1:], types, strict=True)
+        )
+        self.norm = nn.LayerNorm(6, dtype=torch.float64)
+
+    def forward(self, x):
+        for k, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x.to(layer.weight.dtype)))
+            x = self.norm(x.double()) if k == 0 else x
+        return x.double()
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float64),
+    ],
+)
+def test_layers_of_several_types_in_one_model(make, types):
+    model, ((x, target),) = Mixed(types), batches((5,), 1, size=17)
+    optimizer = make(model, weight_decay=1e-3)
+    losses = train(model, optimizer, [(x, target)] * 30)
+    assert losses[-1] < losses[0]
+    for layer, dtype in zip(optimizer._layers, types, strict=True):
+        kept = torch.promote_types(dtype, torch.float32)
+        assert {v.dtype for k, v in optimizer.state[layer.weight].items() if k.startswith("H_")} <= {kept}
+        assert layer.weight.dtype == dtype
+    train(model, optimizer, [(x, target)])
+    twin, theirs = copy.deepcopy((model, optimizer))
+    theirs.load_state_dict(optimizer.state_dict())
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
