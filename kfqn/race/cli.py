@@ -22,6 +22,8 @@ PACKAGES = ("filelock", "jinja2", "matplotlib", "numpy", "rich", "sklearn", "tor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a run failed, 2 wrong use, 130 interrupted."""
     options = parser().parse_args(arguments)
+    if str(Path.cwd()) not in sys.path:  # optimizers of the current folder; nothing installed is hidden
+        sys.path.append(str(Path.cwd()))
     try:
         for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
@@ -200,7 +202,10 @@ def add_scale(command: argparse.ArgumentParser) -> None:
         help=f"where the images are (default: ./{DEFAULT_DATA}, downloaded to it once)",
     )
     command.add_argument(
-        "--jobs", type=positive, help="parallel processes, one thread each (default: one a core; on a GPU, 1)"
+        "--jobs",
+        type=positive,
+        help="parallel processes (default: one a core that this one may use; on a GPU, 1), of one thread "
+        "each, or of OMP_NUM_THREADS",
     )
     command.add_argument("--device", default="cpu", help="torch device, e.g. cuda (default: %(default)s)")
 
