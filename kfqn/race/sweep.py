@@ -22,6 +22,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from kfqn.race import sweep_file
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.failure import Failure
 from kfqn.race.grids import Settings
@@ -31,8 +32,8 @@ from kfqn.race.runs import Run, check_writable, write_atomically
 CRITERIA = ("average_loss", "train_loss", "test_error")
 STEP = 3  # from rung to rung so many times the length, for one in so many points
 
+Entry = sweep_file.Entry
 Point = dict[str, Any]  # settings, seed, status, share of the length, and the lowest value of every criterion
-Entry = dict[str, Any]  # what a sweep file holds of one optimizer on one problem
 Do = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
 
 
@@ -146,12 +147,10 @@ def key(problem: str, by: str) -> str:
 
 def load(path: Path) -> dict[str, dict[str, Entry]]:
     """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
+    known = sweep_file.read(path)
     try:
-        known: dict[str, dict[str, Entry]] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
         check_writable(path.parent)
-    except (OSError, ValueError, Failure) as error:
+    except (OSError, Failure) as error:
         raise Failure(f"cannot save to {path} ({error}): choose another file with --save.") from error
     return known
 
