@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from lab import BATCH, config, kfqn, one_line
+from lab import BATCH, config, here, kfqn, one_line
 from rich.console import Console
 
 from kfqn.race import entrants, grids, problems, train, workers
@@ -141,13 +141,14 @@ def test_under_a_budget_the_lowest_wins_not_the_run_with_the_most_epochs(tmp_pat
 
 def test_a_sweep_file_keeps_what_other_sweeps_found(tmp_path):
     path = tmp_path / "sweep.json"
-    save({"sgd": {"scale": {"epochs": 1}, "points": [1]}}, "digits", path)
-    save({"adam": {"scale": {"epochs": 40}, "points": [2]}}, "digits", path)
-    save({"sgd": {"scale": {"epochs": 2}, "points": [3]}}, "cifar10-allcnn", path)
-    save({"sgd": {"scale": {"epochs": 3}, "points": [4]}}, "digits", path)
+    one, two, three, four = ([{"status": "finished", "lr": lr}] for lr in (1.0, 2.0, 3.0, 4.0))
+    save({"sgd": {"scale": {"epochs": 1}, "points": one}}, "digits", path)
+    save({"adam": {"scale": {"epochs": 40}, "points": two}}, "digits", path)
+    save({"sgd": {"scale": {"epochs": 2}, "points": three}}, "cifar10-allcnn", path)
+    save({"sgd": {"scale": {"epochs": 3}, "points": four}}, "digits", path)
     known = json.loads(path.read_text(encoding="utf-8"))
-    assert {name: entry["points"] for name, entry in known["digits"].items()} == {"sgd": [4], "adam": [2]}
-    assert known["cifar10-allcnn"]["sgd"]["points"] == [3]
+    assert {name: entry["points"] for name, entry in known["digits"].items()} == {"sgd": four, "adam": two}
+    assert known["cifar10-allcnn"]["sgd"]["points"] == three
 
 
 def test_means_over_seeds_decide_and_a_lost_seed_loses():
@@ -162,8 +163,8 @@ def test_means_over_seeds_decide_and_a_lost_seed_loses():
 
 def test_a_sweep_from_the_command_line(tmp_path):
     common = ["--epochs", 1, "--coarse", *SMALL, "--out", tmp_path, "--save", tmp_path / "tuned.json"]
-    for name in ("adam", "sgd"):
-        result = kfqn("sweep", "--optimizers", name, *common)
+    for name, command in (("adam", here), ("sgd", kfqn)):
+        result = command("sweep", "--optimizers", name, *common)
         assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
     for name in ("adam", "sgd"):
@@ -175,7 +176,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     command = ["sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", "--coarse", "lr", *SMALL]
-    result = kfqn(*command, "--out", tmp_path)
+    result = here(*command, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["digits"]
     points = saved["sgd"]["points"]
@@ -185,7 +186,7 @@ def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     assert saved["sgd"]["halving"]
     assert saved["sgd"]["coarse"] == ["lr"]
     one_line(
-        kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
+        here("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
         "--halving starts with a ninth of the length, so --epochs must be at least 9",
     )
 
@@ -207,7 +208,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path)
     process.wait()
     before = {folder: (folder / "epochs.jsonl").read_text() for folder in done()}
     assert len(before) < 10
-    result = kfqn(*arguments)
+    result = here(*arguments)
     assert result.returncode == 0, result.stderr
     assert f"{len(before)} of 10 runs are done already" in result.stdout
     assert before == {folder: (folder / "epochs.jsonl").read_text() for folder in before}  # clocks and all

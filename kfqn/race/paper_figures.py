@@ -150,10 +150,10 @@ def figure(options: argparse.Namespace) -> int:
     draw(blocks, spec.title, path)
     for heading, standings in blocks:
         print_table(rows(standings), heading, console, PAPER)
-        console.print(verdict(standings))
+        console.print(verdict(standings), soft_wrap=not console.is_terminal)
     everything = [run for of in runs for run in of]
     for name, reason, _ in losses_of(everything):
-        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     for key, value in conditions_of(everything):
         console.print(f"{key}: {value}", style="dim", highlight=False)
     console.print(f"figure  {path}", highlight=False, soft_wrap=True)

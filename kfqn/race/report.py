@@ -49,9 +49,9 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     )
     write_atomically(out / "race.html", html)
     print_table(table, title, console, RACE)
-    console.print(verdict(standings))
+    console.print(verdict(standings), soft_wrap=not console.is_terminal)
     for name, reason, _ in losses_of(runs):
-        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
 
 
@@ -104,7 +104,7 @@ def verdict(standings: Sequence[Standing]) -> str:
     finished = [s for s in standings if math.isfinite(s.lowest)]
     if not finished:
         return "No run finished." if not any(s.epochs for s in standings) else "Most runs were lost."
-    able = sorted(learned(standings), key=lambda s: s.reached(target, measure.time))
+    able = sorted(learned(standings), key=lambda s: (s.reached(target, measure.time), s.final))
     if not able:
         classes = PROBLEMS[standings[0].config.problem].classes
         return f"Nobody learned: guessing among {classes} classes has a loss of {math.log(classes):.3g}."
