@@ -158,7 +158,7 @@ def test_a_race_on_a_damaged_folder_from_the_command_line(tmp_path):
     (sgd.folder / "progress").write_bytes(b"")
     sgd.checkpoint.write_bytes(b"")
     with pytest.raises(Failure, match=r"config\.json is damaged .*: repeat the command"):
-        sgd.config
+        _ = sgd.config
     result = kfqn(*race, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stdout + result.stderr

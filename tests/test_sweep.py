@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -257,6 +258,39 @@ def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
     shown = console.file.getvalue()
     assert "KF-BFGS" in shown
     assert "2 of 4, 1 running, 1 lost, best train loss 0.25 at lr 3, damping 1" in shown
+
+
+def lines_of_a_view(runs, width):
+    """The lines of a live view on a terminal so wide."""
+    console = Console(file=StringIO(), force_terminal=True, width=width)
+    with live_view(runs, console, "train_loss") as update:
+        update()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_the_live_view_fits_the_terminal_and_has_no_empty_place(tmp_path, width):
+    long = {"lr": 0.123456, "damping": 1e-7, "interval": 10.0}
+    others = [("own.AnOptimizerOfWhomTheNameIsVeryLong", {}), ("adam", long)]
+    field, runs = [("kflbfgs:auto", {}), ("kfbfgs", long), *others], []
+    for n, (entrant, settings) in enumerate(field):
+        for seed in range(12):
+            place = {"entrant": entrant, "settings": settings, "seed": seed}
+            runs.append(finished(tmp_path, 0.012345 + n, "failed" if seed > 9 else "finished", **place))
+        runs.append(Run.create(tmp_path, config(entrant=entrant, settings=settings, seed=12)))
+        runs[-1].show_progress(0.5)
+    lines = lines_of_a_view(runs, width)
+    assert len({*lines}) == len(field)
+    assert all(len(line) <= width for line in lines)
+    assert not any(re.search(r"\bat +\d:", line) for line in lines)
+    told = "\n".join(lines[-len(field) :])
+    if width >= 80:
+        assert len(re.findall(r"12 of 13, 1 running, 2 lost.* \d:\d\d:\d\d$", told, re.MULTILINE)) == 4
+        assert "AnOptimizerOfWhomTheNam… " in told
+    if width == 160:
+        assert "best train loss 1.01 at lr 0.123456, damping 1e-07, interval 10 " in told
+        assert re.search(r"best train loss 0\.0123 +\d:", told)
 
 
 def test_the_committed_settings_are_the_best_of_the_committed_grid():

@@ -1,4 +1,4 @@
-"""What a type checker tells a user: mypy --strict on a script, with the errors that it must and must not find."""
+"""What a type checker tells a user: mypy --strict on a script, the errors it must find and no others."""
 
 import re
 import subprocess

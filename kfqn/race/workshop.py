@@ -75,7 +75,7 @@ def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out:
     console = terminal()
     folder = data_folder(options.data_dir, problems, console)
     if options.data_dir is not None or options.train_size is not None:
-        for problem in {problem.source: problem for problem in problems}.values():
+        for problem in {problem.source: problem for problem in reversed(problems)}.values():
             check_size(options.train_size, problem, folder)
     return Workshop(out, folder, console)
 
