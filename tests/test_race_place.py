@@ -1,5 +1,6 @@
 """Where a race runs: optimizers of the current folder, the images there are, the cores it may use."""
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def console_script(*arguments, cwd):
     )
 
 
+def forget(folder):
+    """Let the next test import its own files."""
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
+
+
 def _on_one_core():
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
@@ -64,6 +72,29 @@ def test_optimizers_of_the_current_folder_race_from_the_console_script(folder):
     assert [run.end()["status"] for run in runs] == ["finished"] * 2
     if hasattr(os, "sched_setaffinity"):
         assert [run.config.threads for run in runs] == [1, 1]
+
+
+def test_optimizers_of_the_current_folder_are_swept_over_the_values_given_and_race_with_the_best(
+    folder, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    scale, out = [*SMALL, "--problem", "digits-mlp"], folder / "out"
+    result = here(
+        "sweep", "--optimizers", "own.fast.Half:lr=1e-9/0.2/1e9", *scale, "--by", "train_loss", "--out", out
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    entries = json.loads((out / "sweep.json").read_text())["digits-mlp"]
+    assert [point["lr"] for point in entries["own.fast.Half"]["points"]] == [1e-9, 0.2, 1e9]
+    assert entries["own.fast.Half"]["best"] == {"lr": 0.2}
+    race = here("race", "--optimizers", "torch.optim.SGD:lr=0.1", "own.fast.Half", *scale, "--out", out)
+    assert "Half (lr 0.2) " in race.stdout, race.stderr
+    one_line(here("sweep", "--optimizers", "own.fast.Half"), "own.fast.Half has no grid: give the values")
+    one_line(here("sweep", "--optimizers", "kfbfgs:auto"), "no optimizer with a grid is 'kfbfgs:auto'")
+    one_line(
+        here("sweep", "--optimizers", "own.fast.Half:lr=1/x"), "lr must be a number, true or false, got 'x'"
+    )
+    forget(folder)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +113,7 @@ def test_what_cannot_be_had_of_the_current_folder_is_one_line(folder, monkeypatc
     monkeypatch.setattr(sys, "path", [*sys.path])
     one_line(here("race", "--optimizers", name, *SMALL, "--out", folder / "out"), why)
     assert not (folder / "out").exists()
-    for module in [module for module in sys.modules if module.split(".")[0] in ("own", "of_mine")]:
-        del sys.modules[module]
+    forget(folder)
 
 
 def test_sizes_beyond_the_data_are_refused_before_anything_runs(tmp_path):

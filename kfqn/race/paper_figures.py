@@ -15,7 +15,7 @@ from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import ENTRANTS, FIELD, best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.figure import draw
-from kfqn.race.grids import FIGURE_3_DAMPING, Settings
+from kfqn.race.grids import FIGURE_3_DAMPING, Settings, grid
 from kfqn.race.plan import Scale
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.report import conditions_of, losses_of, print_table, standings_of, title_of, verdict
@@ -81,7 +81,12 @@ class Experiment:
                 soft_wrap=True,
             )
             search = search_of(self.options, self.scale, by)
-            new, _ = self.shop.tune(self.problem, missing, self.scale, search)
+            field = [
+                (name, s)
+                for name in missing
+                for s in grid(self.problem.name, name, search.thinned, search.points)
+            ]
+            new, _ = self.shop.tune(self.problem, field, self.scale, search)
             sweeping.save(new, key, self.sweep_file)
             known = known | new
         return {name: known[name] for name in names}

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kfqn.race import sweep_file
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race.entrants import ENTRANTS, entrant_of
 from kfqn.race.failure import Failure
 from kfqn.race.grids import Settings
 from kfqn.race.plan import Field, Scale, Search
@@ -107,6 +107,8 @@ def _identity(name: str, point: Point) -> str:
 
 def _keys(name: str, point: Point) -> list[str]:
     """Which entries of a point are settings."""
+    if name not in ENTRANTS:  # anybody's class: all that is not told of the run
+        return [key for key in point if key not in ("seed", "status", "share", *CRITERIA)]
     entrant = ENTRANTS[name]
     return [key for key in (*entrant.tuned, *entrant.options) if key in point]
 
@@ -200,5 +202,5 @@ def print_entries(entries: dict[str, Entry], console: Console) -> None:
                 f"{score:.4g}",
                 ", ".join(edges) or "–",
             ]
-        view.add_row(ENTRANTS[name].label, str(len(tried)), str(lost), *cells, told(entry))
+        view.add_row(entrant_of(name).label, str(len(tried)), str(lost), *cells, told(entry))
     console.print(view)

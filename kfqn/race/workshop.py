@@ -15,7 +15,7 @@ from kfqn.race.cifar import Cifar
 from kfqn.race.cores import cores, threads_told
 from kfqn.race.entrants import check_settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import SETTINGS, grid
+from kfqn.race.grids import SETTINGS
 from kfqn.race.plan import Field, Scale, Search, configs
 from kfqn.race.problems import DEFAULT_DATA, Problem
 from kfqn.race.runs import Run, check_writable
@@ -59,14 +59,13 @@ class Workshop:
         return runs
 
     def tune(
-        self, problem: Problem, names: Sequence[str], scale: Scale, search: Search
+        self, problem: Problem, field: Field, scale: Scale, search: Search
     ) -> tuple[dict[str, sweep.Entry], list[Run]]:
-        """Sweep some optimizers on a problem: the entries of a sweep file, and all the runs."""
+        """Sweep the points of some optimizers on a problem: the entries of a sweep file, and all the runs."""
 
-        def run_field(field: Field, length: Scale) -> list[Run]:
-            return self.run(problem, field, search.seeds, length, search.by)
+        def run_field(left: Field, length: Scale) -> list[Run]:
+            return self.run(problem, left, search.seeds, length, search.by)
 
-        field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned, search.points)]
         return sweep.sweep(field, scale, search, run_field)
 
 
