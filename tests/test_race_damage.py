@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import zipfile
 
@@ -177,7 +178,29 @@ def test_what_is_no_file_is_named(tmp_path, name):
     (run.folder / name).unlink(missing_ok=True)
     (run.folder / name).mkdir()
     race = ["race", "--optimizers", "sgd:lr=0.05", *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
-    one_line(here(*race), str(run.folder / name), "Is a directory", "delete it")
+    one_line(here(*race), str(run.folder / name), "Is a directory", "delete ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+@pytest.mark.parametrize(("size", "name"), [(100, "config.json"), (700, "epochs.jsonl")])
+def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path, size, name):
+    """A limit of so many bytes a file stands for it: writing beyond raises what a full disk raises."""
+
+    def full():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    race = ["race", "--optimizers", "sgd:lr=0.05", *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
+    result = kfqn(*race, preexec_fn=full)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert re.search(
+        rf"^kfqn: cannot write \S+{name} \(File too large\): make room", result.stderr, re.MULTILINE
+    )
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "half-written files"
+    if name == "epochs.jsonl":
+        assert here(*race).returncode == 0
 
 
 ENTRY = {"scale": {}, "by": "train_loss", "best": {"lr": 0.1}, "points": [{"lr": 0.1, "status": "finished"}]}

@@ -72,12 +72,7 @@ class Run:
         """The run with this configuration, old or new; Failure if it cannot be written."""
         run = cls(parent / config.identity)
         check_writable(run.folder)
-        try:
-            write_atomically(run.folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-        except OSError as error:
-            raise Failure(
-                f"cannot write {run.folder / 'config.json'} ({error.strerror}): delete it."
-            ) from error
+        write_atomically(run.folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
         return run
 
     @property
@@ -186,11 +181,11 @@ def _record(line: bytes) -> Record:
 
 def check_writable(folder: Path) -> None:
     """Make the folder if need be; Failure if nothing can be written there."""
+    probe = folder / f".probe-{os.getpid()}"  # another command may probe the same folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "probe") as partial:
-            partial.touch()
-        (folder / "probe").unlink(missing_ok=True)  # another command may probe the same folder
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise Failure(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out."
@@ -205,10 +200,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, moved over it at the end, or removed on an error."""
+    """A path beside ``path`` to write to, moved over it at the end, or removed on an error.
+
+    Failure, which names ``path``, where the disk is full or something is in the way; the old file then stays.
+    """
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise Failure(
+            f"cannot write {path} ({error.strerror or error}): make room, delete what is in the way, or "
+            "choose another folder with --out."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
