@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 
 from kfqn.race import cli, problems
-from kfqn.race.runs import Config
+from kfqn.race.runs import Config, Run
 
 BATCH = problems.PROBLEMS["digits"].batch_size
 TINY = ["--epochs", "2", "--width", "4", "--train-size", "600"]
