@@ -24,11 +24,12 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"kfqn.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'kfqn' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
 
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(import_module(f"kfqn.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'kfqn' has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    def __dir__() -> list[str]:
+        return [*globals(), *__all__]

@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -74,8 +74,17 @@ class KroneckerOptimizer(UpdatingOptimizer):
     def _learn(self, seen: LayersSeen, closure: Any) -> None:
         """After the step: look again with the closure if there is one, and take in both looks."""
 
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: Callable[[], Tensor | None] | None) -> Tensor | None: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:
         """One step: a pass, the update of the weights, a second pass, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,

@@ -1,12 +1,16 @@
 """What the tests of the lab share: the command line as a user runs it, toy configurations, toy images."""
 
+import contextlib
+import io
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import numpy as np
 
-from kfqn.race import problems
-from kfqn.race.runs import Config
+from kfqn.race import cli, problems
+from kfqn.race.runs import Config, Run
 
 BATCH = problems.PROBLEMS["digits"].batch_size
 TINY = ["--epochs", "2", "--width", "4", "--train-size", "600"]
@@ -20,6 +24,39 @@ def kfqn(*arguments, **options):
         timeout=300,
         **options,
     )
+
+
+def here(*arguments):
+    """The same without new processes, which take seconds to import what is imported here already."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(error))
+        stack.enter_context(mock.patch("kfqn.race.workshop.do", _do_here))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default")  # as in a process of its own
+        try:
+            status = cli.main([*map(str, arguments)])
+        except SystemExit as exit:  # argparse
+            status = exit.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), error.getvalue())
+
+
+def _do_here(runs, jobs, data_dir, watch):
+    from kfqn.race.train import train
+
+    for run in runs:
+        with run.claimed() as ours, mock.patch("kfqn.race.train.warm_up"):  # nobody asks for seconds
+            if ours and run.end() is None:
+                train(run, data_dir)
+    watch()
+
+
+def hold(folder, held, leave):
+    """Another process that has a run in hand; it imports no torch, which takes seconds."""
+    with Run(folder).claimed():
+        held.set()
+        leave.wait(60)
 
 
 def config(**changes):
@@ -48,6 +85,11 @@ def one_line(result, *parts):
     assert "Traceback" not in result.stderr
     for part in parts:
         assert part in last
+
+
+def without_clock(records):
+    """What of a run's records is the same whenever and wherever it is done."""
+    return [{k: v for k, v in r.items() if "seconds" not in k and k != "conditions"} for r in records]
 
 
 def write_toy_cifar(folder):

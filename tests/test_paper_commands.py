@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from lab import config, kfqn, one_line, write_toy_cifar
+from lab import config, here, kfqn, one_line, write_toy_cifar
 
 from kfqn.race.cli import parser
 from kfqn.race.cost import COLUMNS
@@ -29,7 +29,7 @@ def is_png(path):
 
 def test_figure_1_draws_all_five_optimizers_on_both_networks_and_then_only_draws(data, tmp_path):
     command = ["figure", 1, *TOY, "--seeds", 1, "--data-dir", data, "--out", tmp_path]
-    result = kfqn(*command)
+    result = here(*command)
     assert result.returncode == 0, result.stderr
     for label in LABELS:
         assert sum(line.startswith(f"{label} (") for line in result.stdout.splitlines()) >= 2
@@ -37,12 +37,12 @@ def test_figure_1_draws_all_five_optimizers_on_both_networks_and_then_only_draws
         assert f"{problem}: 5 runs, 1 epoch each" in result.stdout
         assert len(list((tmp_path / problem / "runs").iterdir())) == 5
     assert is_png(tmp_path / "figure-1.png")
-    again = kfqn(*command)
+    again = here(*command)
     assert again.stdout.count("5 of 5 runs are done already") == 2
 
 
 def test_figure_2_for_one_of_its_problems(data, tmp_path):
-    result = kfqn(
+    result = here(
         "figure", 2, "--problem", "cifar100-allcnn", *TOY, "--seeds", 1, "--data-dir", data, "--out", tmp_path
     )
     assert result.returncode == 0, result.stderr
@@ -52,7 +52,7 @@ def test_figure_2_for_one_of_its_problems(data, tmp_path):
 
 def test_figure_3_sweeps_first_and_shows_every_damping_with_its_best_rate(data, tmp_path):
     command = ["figure", 3, "--problem", "cifar10-allcnn", "--coarse", *TOY]
-    result = kfqn(*command, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
+    result = here(*command, "--seeds", 1, "--data-dir", data, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "no complete sweep of kfbfgs, sgd" in result.stdout
     entries = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]
@@ -68,7 +68,7 @@ def test_figure_3_sweeps_first_and_shows_every_damping_with_its_best_rate(data, 
 
 def test_figure_4_goes_by_test_error(data, tmp_path):
     command = ["figure", 4, "--optimizers", "sgd", "adam", "--coarse", *TOY, "--seeds", 1]
-    result = kfqn(*command, "--data-dir", data, "--out", tmp_path)
+    result = here(*command, "--data-dir", data, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "cifar100-vgg16" / "sweep.json").read_text())
     assert set(saved) == {"cifar100-vgg16 by test error"}
@@ -78,7 +78,7 @@ def test_figure_4_goes_by_test_error(data, tmp_path):
 
 def test_table_3_prints_ours_beside_the_papers(data, tmp_path):
     command = ["table", 3, "--problem", "cifar10-allcnn", "--optimizers", "sgd", "--coarse", *TOY]
-    result = kfqn(*command, "--data-dir", data, "--out", tmp_path)
+    result = here(*command, "--data-dir", data, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     entries = json.loads((tmp_path / "cifar10-allcnn" / "sweep.json").read_text())["cifar10-allcnn"]
     assert f"({10 * entries['sgd']['best']['lr']:g}) / (0.1)" in result.stdout
@@ -87,7 +87,7 @@ def test_table_3_prints_ours_beside_the_papers(data, tmp_path):
 
 @pytest.mark.parametrize(("number", "orders"), [(1, STORAGE), (2, COMPUTATION)])
 def test_tables_1_and_2_print_orders_and_measurements(number, orders):
-    result = kfqn("table", number, "--problem", "cifar10-allcnn", "--width", 2, "--batch-size", 4)
+    result = here("table", number, "--problem", "cifar10-allcnn", "--width", 2, "--batch-size", 4)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     for name in FIELD:
@@ -155,13 +155,13 @@ def test_a_figure_takes_the_papers_budget_by_the_share_of_images_unless_told(opt
 
 def test_wrong_use(data, tmp_path):
     one_line(kfqn("figure", 5), "invalid choice: 5 (choose from 1, 2, 3, 4)")
-    one_line(kfqn("table", "x"), "invalid int value: 'x'")
+    one_line(here("table", "x"), "invalid int value: 'x'")
     one_line(
-        kfqn("figure", 1, "--problem", "digits"),
+        here("figure", 1, "--problem", "digits"),
         "Figure 1 does not show digits: choose from cifar10-allcnn, cifar10-vgg16",
     )
-    one_line(kfqn("figure", 3, "--optimizers", "kfac"), "Figure 3 always shows KF-BFGS and SGD-m")
-    one_line(kfqn("figure", 1, "--budget", "0"), "must be a number of seconds > 0, got '0'")
-    one_line(kfqn("figure", 1, "--data-dir", tmp_path), f"no CIFAR-10 in {tmp_path}")
-    one_line(kfqn("figure", 1, "--train-size", 5), "--train-size must be at least one batch, 256 here")
+    one_line(here("figure", 3, "--optimizers", "kfac"), "Figure 3 always shows KF-BFGS and SGD-m")
+    one_line(here("figure", 1, "--budget", "0"), "must be a number of seconds > 0, got '0'")
+    one_line(here("figure", 1, "--data-dir", tmp_path), f"no CIFAR-10 in {tmp_path}")
+    one_line(here("figure", 1, "--train-size", 5), "--train-size must be at least one batch, 256 here")
     assert list(tmp_path.iterdir()) == []

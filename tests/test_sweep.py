@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from lab import BATCH, config, kfqn, one_line
+from lab import BATCH, config, here, kfqn, one_line
 from rich.console import Console
 
 from kfqn.race import entrants, grids, problems, train, workers
@@ -141,13 +142,14 @@ def test_under_a_budget_the_lowest_wins_not_the_run_with_the_most_epochs(tmp_pat
 
 def test_a_sweep_file_keeps_what_other_sweeps_found(tmp_path):
     path = tmp_path / "sweep.json"
-    save({"sgd": {"scale": {"epochs": 1}, "points": [1]}}, "digits", path)
-    save({"adam": {"scale": {"epochs": 40}, "points": [2]}}, "digits", path)
-    save({"sgd": {"scale": {"epochs": 2}, "points": [3]}}, "cifar10-allcnn", path)
-    save({"sgd": {"scale": {"epochs": 3}, "points": [4]}}, "digits", path)
+    one, two, three, four = ([{"status": "finished", "lr": lr}] for lr in (1.0, 2.0, 3.0, 4.0))
+    save({"sgd": {"scale": {"epochs": 1}, "points": one}}, "digits", path)
+    save({"adam": {"scale": {"epochs": 40}, "points": two}}, "digits", path)
+    save({"sgd": {"scale": {"epochs": 2}, "points": three}}, "cifar10-allcnn", path)
+    save({"sgd": {"scale": {"epochs": 3}, "points": four}}, "digits", path)
     known = json.loads(path.read_text(encoding="utf-8"))
-    assert {name: entry["points"] for name, entry in known["digits"].items()} == {"sgd": [4], "adam": [2]}
-    assert known["cifar10-allcnn"]["sgd"]["points"] == [3]
+    assert {name: entry["points"] for name, entry in known["digits"].items()} == {"sgd": four, "adam": two}
+    assert known["cifar10-allcnn"]["sgd"]["points"] == three
 
 
 def test_means_over_seeds_decide_and_a_lost_seed_loses():
@@ -162,8 +164,8 @@ def test_means_over_seeds_decide_and_a_lost_seed_loses():
 
 def test_a_sweep_from_the_command_line(tmp_path):
     common = ["--epochs", 1, "--coarse", *SMALL, "--out", tmp_path, "--save", tmp_path / "tuned.json"]
-    for name in ("adam", "sgd"):
-        result = kfqn("sweep", "--optimizers", name, *common)
+    for name, command in (("adam", here), ("sgd", kfqn)):
+        result = command("sweep", "--optimizers", name, *common)
         assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8"))["digits"]
     for name in ("adam", "sgd"):
@@ -175,7 +177,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     command = ["sweep", "--optimizers", "sgd", "--epochs", 9, "--halving", "--coarse", "lr", *SMALL]
-    result = kfqn(*command, "--out", tmp_path)
+    result = here(*command, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["digits"]
     points = saved["sgd"]["points"]
@@ -185,7 +187,7 @@ def test_halving_runs_all_points_shortly_and_the_best_in_full(tmp_path):
     assert saved["sgd"]["halving"]
     assert saved["sgd"]["coarse"] == ["lr"]
     one_line(
-        kfqn("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
+        here("sweep", "--epochs", 8, "--halving", "--out", tmp_path),
         "--halving starts with a ninth of the length, so --epochs must be at least 9",
     )
 
@@ -207,7 +209,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path)
     process.wait()
     before = {folder: (folder / "epochs.jsonl").read_text() for folder in done()}
     assert len(before) < 10
-    result = kfqn(*arguments)
+    result = here(*arguments)
     assert result.returncode == 0, result.stderr
     assert f"{len(before)} of 10 runs are done already" in result.stdout
     assert before == {folder: (folder / "epochs.jsonl").read_text() for folder in before}  # clocks and all
@@ -256,6 +258,39 @@ def test_the_live_view_shows_what_is_done_running_lost_and_best(tmp_path):
     shown = console.file.getvalue()
     assert "KF-BFGS" in shown
     assert "2 of 4, 1 running, 1 lost, best train loss 0.25 at lr 3, damping 1" in shown
+
+
+def lines_of_a_view(runs, width):
+    """The lines of a live view on a terminal so wide."""
+    console = Console(file=StringIO(), force_terminal=True, width=width)
+    with live_view(runs, console, "train_loss") as update:
+        update()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_the_live_view_fits_the_terminal_and_has_no_empty_place(tmp_path, width):
+    long = {"lr": 0.123456, "damping": 1e-7, "interval": 10.0}
+    others = [("own.AnOptimizerOfWhomTheNameIsVeryLong", {}), ("adam", long)]
+    field, runs = [("kflbfgs:auto", {}), ("kfbfgs", long), *others], []
+    for n, (entrant, settings) in enumerate(field):
+        for seed in range(12):
+            place = {"entrant": entrant, "settings": settings, "seed": seed}
+            runs.append(finished(tmp_path, 0.012345 + n, "failed" if seed > 9 else "finished", **place))
+        runs.append(Run.create(tmp_path, config(entrant=entrant, settings=settings, seed=12)))
+        runs[-1].show_progress(0.5)
+    lines = lines_of_a_view(runs, width)
+    assert len({*lines}) == len(field)
+    assert all(len(line) <= width for line in lines)
+    assert not any(re.search(r"\bat +\d:", line) for line in lines)
+    told = "\n".join(lines[-len(field) :])
+    if width >= 80:
+        assert len(re.findall(r"12 of 13, 1 running, 2 lost.* \d:\d\d:\d\d$", told, re.MULTILINE)) == 4
+        assert "AnOptimizerOfWhomTheNam… " in told
+    if width == 160:
+        assert "best train loss 1.01 at lr 0.123456, damping 1e-07, interval 10 " in told
+        assert re.search(r"best train loss 0\.0123 +\d:", told)
 
 
 def test_the_committed_settings_are_the_best_of_the_committed_grid():

@@ -13,7 +13,7 @@ from pathlib import Path
 from kfqn import __version__
 from kfqn.race.entrants import ENTRANTS, FIELD, OF_TRAINER, RACE, SWEPT
 from kfqn.race.failure import Failure
-from kfqn.race.grids import SETTINGS, Settings
+from kfqn.race.grids import SETTINGS, Grid, Settings
 from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
 
 PACKAGES = ("filelock", "jinja2", "matplotlib", "numpy", "rich", "sklearn", "torch")
@@ -22,6 +22,8 @@ PACKAGES = ("filelock", "jinja2", "matplotlib", "numpy", "rich", "sklearn", "tor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a run failed, 2 wrong use, 130 interrupted."""
     options = parser().parse_args(arguments)
+    if str(Path.cwd()) not in sys.path:  # optimizers of the current folder; nothing installed is hidden
+        sys.path.append(str(Path.cwd()))
     try:
         for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
@@ -82,7 +84,13 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(command="sweep")
     sweep.add_argument(
-        "--optimizers", nargs="+", choices=SWEPT, default=list(FIELD), help=f"default: {' '.join(FIELD)}"
+        "--optimizers",
+        nargs="+",
+        type=swept,
+        default=[(name, None) for name in FIELD],
+        metavar="NAME[:KEY=VALUE/VALUE,...]",
+        help=f"any of {', '.join(SWEPT)} (default: {' '.join(FIELD)}); or any torch optimizer by its dotted "
+        "name, with the values to try: mine.MySGD:lr=0.01/0.1/1,nesterov=true",
     )
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
     sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
@@ -200,7 +208,10 @@ def add_scale(command: argparse.ArgumentParser) -> None:
         help=f"where the images are (default: ./{DEFAULT_DATA}, downloaded to it once)",
     )
     command.add_argument(
-        "--jobs", type=positive, help="parallel processes, one thread each (default: one a core; on a GPU, 1)"
+        "--jobs",
+        type=positive,
+        help="parallel processes (default: one a core that this one may use; on a GPU, 1), of one thread "
+        "each, or of OMP_NUM_THREADS",
     )
     command.add_argument("--device", default="cpu", help="torch device, e.g. cuda (default: %(default)s)")
 
@@ -248,6 +259,25 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if not all(math.isfinite(v) and (v > 0 or key in options) for key, v in settings.items()):
         raise argparse.ArgumentTypeError(f"settings must be > 0 and finite, got {rest!r}")
     return name, {key: settings[key] for key in (*tuned, *options) if key in settings}
+
+
+def swept(text: str) -> tuple[str, Grid | None]:
+    """``name``, or ``dotted.name:key=value/value,...``, for argparse; None stands for the grid of `grids`."""
+    name, _, rest = text.partition(":")
+    if "." in name and rest:
+        pairs = [_pair(item) for item in rest.split(",")]
+        return name, {
+            key: tuple(_argument(key, value) for value in values.split("/")) for key, _, values in pairs
+        }
+    if "." in name:
+        raise argparse.ArgumentTypeError(
+            f"{name} has no grid: give the values to try, as in {name}:lr=0.01/0.1"
+        )
+    if text not in SWEPT:
+        raise argparse.ArgumentTypeError(
+            f"no optimizer with a grid is {text!r} (choose from {', '.join(SWEPT)})"
+        )
+    return text, None
 
 
 def _name_and_settings(text: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from kfqn.race import processes
 from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import best_settings
+from kfqn.race.grids import grid, spread
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.report import write_report
 from kfqn.race.summary import RACE
@@ -36,7 +37,13 @@ def sweep(options: argparse.Namespace) -> int:
     search = search_of(options, scale, options.by, options.seeds)
     sweeping.load(path)
     shop = open_workshop(options, [problem], out)
-    entries, runs = shop.tune(problem, options.optimizers, scale, search)
+    thinned, most = search.thinned, search.points
+    field = [
+        (name, settings)
+        for name, own in options.optimizers
+        for settings in (spread(own, thinned, most) if own else grid(problem.name, name, thinned, most))
+    ]
+    entries, runs = shop.tune(problem, field, scale, search)
     sweeping.save(entries, sweeping.key(problem.name, search.by), path)
     sweeping.print_entries(entries, shop.console)
     shop.console.print(f"saved to {path}", highlight=False, soft_wrap=True)

@@ -1,14 +1,12 @@
 """The optimizers that race, and the settings each takes unless told otherwise."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfqn.race import peers
+from kfqn.race import peers, sweep_file
 from kfqn.race.failure import Failure
 from kfqn.race.grids import TABLE_3, Settings, in_torch
 
@@ -151,19 +149,13 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
     From ``sweep``, a file of `kfqn sweep`, if it is there; else from the sweep committed in
     ``tuned.json``; else from the paper. Raises Failure if none of them knows the entrant.
     """
-    committed = resources.files("kfqn.race").joinpath("tuned.json")
+    committed = Path(__file__).with_name("tuned.json")
     if entrant in ENTRANTS and ENTRANTS[entrant].automatic:
         return {}, "the optimizer's defaults"
     for file, source in ((sweep, str(sweep)), (committed, "the package's own sweep")):
-        if file.is_file():
-            try:
-                entry = json.loads(file.read_text(encoding="utf-8")).get(problem, {}).get(entrant)
-            except ValueError as error:
-                raise Failure(
-                    f"{sweep} is damaged ({error}): delete it, or choose another folder with --out."
-                ) from error
-            if entry and entry["best"]:
-                return dict(entry["best"]), source
+        entry = sweep_file.read(file).get(problem, {}).get(entrant, {})
+        if entry.get("best"):
+            return dict(entry["best"]), source
     if entrant in TABLE_3.get(problem, {}):
         return in_torch(entrant, TABLE_3[problem][entrant]), "the paper's Table 3"
     if entrant not in ENTRANTS:

@@ -63,7 +63,8 @@ def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None
                 _line(panels[row, column], standing, axis, quantity, color, style)
     for panel in panels[0] if any(standing.epochs for standing in standings) else []:
         target = common_target(standings)
-        panel.axhline(target, color="#999", linewidth=0.8, linestyle=":", label="common target")
+        if math.isfinite(target):
+            panel.axhline(target, color="#999", linewidth=0.8, linestyle=":", label="common target")
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))

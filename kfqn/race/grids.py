@@ -115,14 +115,19 @@ def in_print(entrant: str, settings: Settings) -> dict[str, float]:
 def grid(
     problem: str, entrant: str, thinned: Collection[str] = (), most: int | None = None
 ) -> list[dict[str, float]]:
-    """Every point that a sweep tries, in torch's convention; of ``thinned`` settings every second value.
+    """Every point that a sweep tries of one of the entrants, in torch's convention: see `spread`."""
+    points = spread((OURS.get(problem, PRINTED) | PEERS)[entrant], thinned, most)
+    return points if problem in OURS else [in_torch(entrant, point) for point in points]
+
+
+def spread(ranges: Grid, thinned: Collection[str] = (), most: int | None = None) -> list[dict[str, float]]:
+    """Every point of a grid; of ``thinned`` settings every second value.
 
     A thinned setting keeps its last value, where the paper's best damping often lies. Of more than ``most``
     points so many are drawn at random, always the same.
     """
-    ranges = (OURS.get(problem, PRINTED) | PEERS)[entrant]
     kept = [values[::-1][::2][::-1] if key in thinned else values for key, values in ranges.items()]
     points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
     if most is not None and len(points) > most:
         points = [points[n] for n in sorted(random.Random(0).sample(range(len(points)), most))]
-    return points if problem in OURS else [in_torch(entrant, point) for point in points]
+    return points

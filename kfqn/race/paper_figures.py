@@ -15,12 +15,12 @@ from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import ENTRANTS, FIELD, best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.figure import draw
-from kfqn.race.grids import FIGURE_3_DAMPING, Settings
+from kfqn.race.grids import FIGURE_3_DAMPING, Settings, grid
 from kfqn.race.plan import Scale
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.report import conditions_of, losses_of, print_table, standings_of, title_of, verdict
 from kfqn.race.runs import Run
-from kfqn.race.summary import PAPER, common_target, rows
+from kfqn.race.summary import PAPER, rows
 from kfqn.race.workshop import Workshop, exit_status, open_workshop, scale_of, search_of
 
 BUDGET = 2000.0  # CPU seconds of a run in the paper, for its 50,000 training images
@@ -81,7 +81,12 @@ class Experiment:
                 soft_wrap=True,
             )
             search = search_of(self.options, self.scale, by)
-            new, _ = self.shop.tune(self.problem, missing, self.scale, search)
+            field = [
+                (name, s)
+                for name in missing
+                for s in grid(self.problem.name, name, search.thinned, search.points)
+            ]
+            new, _ = self.shop.tune(self.problem, field, self.scale, search)
             sweeping.save(new, key, self.sweep_file)
             known = known | new
         return {name: known[name] for name in names}
@@ -93,7 +98,7 @@ class Experiment:
         limits += [f"{scale.budget:g} CPU seconds"] if scale.budget else []
         self.shop.console.print(
             f"{self.problem.name}: {_counted(count, 'run')}, {' or '.join(limits)} each, "
-            f"{scale.jobs} at a time"
+            f"{min(scale.jobs, count)} at a time"
         )
         plan = Table(box=None, header_style="dim", pad_edge=False)
         for heading in ("optimizer", "settings", "from", "seeds"):
@@ -149,12 +154,11 @@ def figure(options: argparse.Namespace) -> int:
     blocks = [(title_of(of), standings_of(of, PAPER)) for of in runs]
     draw(blocks, spec.title, path)
     for heading, standings in blocks:
-        table = rows(standings)
-        print_table(table, heading, console, PAPER)
-        console.print(verdict(table, common_target(standings), PAPER))
+        print_table(rows(standings), heading, console, PAPER)
+        console.print(verdict(standings), soft_wrap=not console.is_terminal)
     everything = [run for of in runs for run in of]
     for name, reason, _ in losses_of(everything):
-        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     for key, value in conditions_of(everything):
         console.print(f"{key}: {value}", style="dim", highlight=False)
     console.print(f"figure  {path}", highlight=False, soft_wrap=True)

@@ -113,9 +113,9 @@ def from_class(path: str, model: "nn.Module", settings: Settings, weight_decay: 
 
 
 def _of(module: str, name: str) -> Any:
-    """A class of another package; Failure if it is not there."""
+    """A class of another package, or of a file in the current folder; Failure if it is not there."""
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module) if module else None
     except ImportError as error:
         if (error.name or "").split(".")[0] in ("pytorch_optimizer", "singd", "einops", "einconv"):
             raise Failure(
@@ -123,7 +123,8 @@ def _of(module: str, name: str) -> Any:
                 "-c constraints.txt --group peers."
             ) from error
         raise Failure(f"{module} cannot be imported ({error}): give the class's dotted name.") from error
-    except (AttributeError, ValueError) as error:
-        raise Failure(
-            f"{module or 'the empty module'} has no {name}: give the class's dotted name."
-        ) from error
+    except Exception as error:  # whatever its own lines raise
+        raise Failure(f"{module} cannot be imported ({type(error).__name__}: {error}): mend it.") from error
+    if not hasattr(found, name):
+        raise Failure(f"{module or 'the empty module'} has no {name}: give the class's dotted name.")
+    return getattr(found, name)

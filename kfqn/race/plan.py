@@ -1,9 +1,9 @@
 """What is to be run: a problem at some scale, by some optimizers, with some seeds."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kfqn.race.cores import cores, threads_told
 from kfqn.race.grids import Settings
 from kfqn.race.problems import Problem
 from kfqn.race.processes import count
@@ -28,9 +28,9 @@ class Scale:
 
     @property
     def threads(self) -> int:
-        """Intra-op threads of a run: one, unless it has the CPU to itself."""
+        """Intra-op threads of a run: OMP_NUM_THREADS; else one, or every core if it has them to itself."""
         alone = self.jobs == 1 and self.device == "cpu" and count() == 1
-        return os.cpu_count() or 1 if alone else 1
+        return threads_told() or (cores() if alone else 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A race told to a person: one self-contained HTML page, and the same table in the terminal."""
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -13,13 +14,15 @@ from rich.table import Table
 from kfqn.race.figure import draw
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Run, write_atomically
-from kfqn.race.summary import RACE, Measure, Row, Standing, common_target, headings, rows
+from kfqn.race.summary import RACE, Measure, Row, Standing, common_target, headings, learned, rows
 
 EXPLANATION = (
-    "Means over the seeds, ± the standard error. Training loss: of the final weights, over the training "
-    "images without augmentation. Target: the lowest training loss that every optimizer reached at the end "
-    "of an epoch in the median over its seeds; epochs and seconds to it are medians too. Seconds are "
-    "training alone: neither evaluation nor the warm start is in them."
+    "Means over the seeds, ± the standard error; the lowest final loss on top. Training loss: of the final "
+    "weights, over the training images without augmentation. Target: the lowest training loss that every "
+    "optimizer that learned has reached at the end of an epoch in the median over its seeds; epochs and "
+    "seconds to it are medians too. An optimizer has learned if its lowest loss is at least half the way "
+    "from guessing, ln(classes), to the lowest of all. Seconds are training alone: neither evaluation nor "
+    "the warm start is in them."
 )
 
 
@@ -35,7 +38,7 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "."), autoescape=True)
     html = page.get_template("report.html.jinja").render(
         title=title,
-        verdict=verdict(table, common_target(standings), RACE),
+        verdict=verdict(standings),
         figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
         headings=astuple(headings(RACE)),
         rows=[astuple(row) for row in table],
@@ -46,9 +49,9 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     )
     write_atomically(out / "race.html", html)
     print_table(table, title, console, RACE)
-    console.print(verdict(table, common_target(standings), RACE))
+    console.print(verdict(standings), soft_wrap=not console.is_terminal)
     for name, reason, _ in losses_of(runs):
-        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False)
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
 
 
@@ -95,17 +98,29 @@ def title_of(runs: Sequence[Run]) -> str:
     return ", ".join([*parts, f"{seeds} seed{'s' if seeds > 1 else ''}"])
 
 
-def verdict(table: Sequence[Row], target: float, measure: Measure) -> str:
-    """The race in one sentence."""
-    done = [row for row in table if row.seconds_to_target != "–"]
-    if not done:
-        return "No run finished."
-    s = measure.second
-    first = f"{done[0].label} was first at the common target, {measure.loss_label} {target:.3g}"
-    if len(done) == 1:
-        return f"{first}, after {done[0].seconds_to_target} {s}."
-    second = f"{done[1].label} after {done[1].seconds_to_target} {s}"
-    return f"{first}: after {done[0].seconds_to_target} {s}, before {second}."
+def verdict(standings: Sequence[Standing]) -> str:
+    """The race in a few sentences: who was first at the common target, who ended lowest, who has no say."""
+    measure, target = standings[0].measure, common_target(standings)
+    finished = [s for s in standings if math.isfinite(s.lowest)]
+    if not finished:
+        return "No run finished." if not any(s.epochs for s in standings) else "Most runs were lost."
+    able = sorted(learned(standings), key=lambda s: (s.reached(target, measure.time), s.final))
+    if not able:
+        classes = PROBLEMS[standings[0].config.problem].classes
+        return f"Nobody learned: guessing among {classes} classes has a loss of {math.log(classes):.3g}."
+    times = [f"{s.reached(target, measure.time):.2f} {measure.second}" for s in able]
+    first = f"{able[0].label} was first at the common target, {measure.loss_label} {target:.3g}"
+    sentences = [
+        f"{first}: after {times[0]}, before {able[1].label} after {times[1]}."
+        if len(able) > 1
+        else f"{first}, after {times[0]}."
+    ]
+    if len(able) > 1:
+        lowest = min(able, key=lambda s: s.final)
+        sentences.append(f"{lowest.label} ended lowest, at {lowest.final:.3g}.")
+    too_little = [s.label for s in finished if s not in able]
+    sentences += [f"Learned too little to have a say: {', '.join(too_little)}."] if too_little else []
+    return " ".join(sentences)
 
 
 def losses_of(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
@@ -124,12 +139,12 @@ def conditions_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
     merged: dict[str, dict[str, None]] = {}
     for run, end in zip(runs, ends, strict=True):
         config = run.config
-        facts = end.get("conditions", {}) | {
+        facts = {"evaluated images": f"first {config.evaluated}"} | end.get("conditions", {})
+        facts |= {
             "threads": str(config.threads),
             "seeds": str(config.seed),
             "epochs": str(config.epochs or "no limit"),
             "CPU seconds": f"{config.budget:g}" if config.budget else "no limit",
-            "evaluated images": f"first {config.evaluated}",
             "weight decay": f"{config.weight_decay:g}",
         }
         for key, value in facts.items():

@@ -3,6 +3,9 @@
 ``config.json`` says what is to be run, ``epochs.jsonl`` holds one line an epoch and a last
 line that says how the run ended. Every file is replaced whole, so it can be read at any
 time and a killed run leaves nothing half-written. Figures and tables need these files alone.
+
+What a full disk, an interrupted copy or a power cut does to a file is found when it is read: of
+``epochs.jsonl`` the sound lines at its start count, and a run whose end is not among them is not over.
 """
 
 import contextlib
@@ -74,8 +77,12 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration the run was created with."""
-        return Config(**json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        """The configuration the run was created with; Failure if the file is damaged: `create` mends it."""
+        path = self.folder / "config.json"
+        try:
+            return Config(**json.loads(path.read_bytes()))
+        except (OSError, TypeError, ValueError) as error:
+            raise Failure(f"{path} is damaged ({error}): repeat the command that made it.") from error
 
     @property
     def checkpoint(self) -> Path:
@@ -83,12 +90,30 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def records(self) -> list[Record]:
-        """All lines so far: one an epoch, then one with ``status``."""
+        """All lines so far: one an epoch, then one with ``status``; of a damaged file the sound start."""
+        return self._read()[0]
+
+    def damaged(self) -> bool:
+        """Whether ``epochs.jsonl`` holds anything else than `records`."""
+        return not self._read()[1]
+
+    def _read(self) -> tuple[list[Record], bool]:
+        """The sound lines at the start of ``epochs.jsonl``, and whether they are all of it."""
+        path, records = self.folder / "epochs.jsonl", list[Record]()
         try:
-            text = (self.folder / "epochs.jsonl").read_text(encoding="utf-8")
+            lines = path.read_bytes().splitlines()
         except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text.splitlines()]
+            return [], True
+        except OSError as error:
+            raise Failure(f"cannot read {path} ({error.strerror}): delete it to repeat its run.") from error
+        for line in lines:
+            record = _record(line)
+            over = bool(records) and "status" in records[-1]
+            ends = "status" in record and (record["status"] != "finished" or bool(records))
+            if over or not (ends or record.get("epoch") == len(records) + 1):
+                return records, False
+            records.append(record)
+        return records, True
 
     def epochs(self) -> list[Record]:
         """The lines of finished epochs."""
@@ -113,8 +138,9 @@ class Run:
 
     def fraction(self) -> float:
         """How much of an unfinished run is done, 0 to 1."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return float((self.folder / "progress").read_text())
+        with contextlib.suppress(OSError, ValueError):
+            told = float((self.folder / "progress").read_text())
+            return told if 0 <= told <= 1 else 0.0
         return 0.0
 
     def show_progress(self, fraction: float) -> None:
@@ -144,13 +170,22 @@ class Run:
             return not ours
 
 
+def _record(line: bytes) -> Record:
+    """A line as it was written; empty if it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def check_writable(folder: Path) -> None:
     """Make the folder if need be; Failure if nothing can be written there."""
+    probe = folder / f".probe-{os.getpid()}"  # another command may probe the same folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "probe") as partial:
-            partial.touch()
-        (folder / "probe").unlink(missing_ok=True)  # another command may probe the same folder
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise Failure(
             f"cannot write to {folder} ({error.strerror}): choose another folder with --out."
@@ -165,10 +200,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, moved over it at the end, or removed on an error."""
+    """A path beside ``path`` to write to, moved over it at the end, or removed on an error.
+
+    Failure, which names ``path``, where the disk is full or something is in the way; the old file then stays.
+    """
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise Failure(
+            f"cannot write {path} ({error.strerror or error}): make room, delete what is in the way, or "
+            "choose another folder with --out."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a set of finished runs says: mean curves, and who reached the common target when."""
+"""What a set of finished runs says: mean curves, who has learned, and who reached the common target when."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfqn.race.entrants import entrant_of
+from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Config, Record, Run
 
 Array = NDArray[np.float64]
@@ -75,6 +76,11 @@ class Standing:
         losses = [min(record[self.measure.loss] for record in run) for run in self.epochs]
         return self._median(losses)
 
+    @property
+    def final(self) -> float:
+        """The training loss at the end, as the table shows it: a mean; ∞ if most of the runs were lost."""
+        return float(self.curve(self.measure.loss).mean[-1]) if math.isfinite(self.lowest) else math.inf
+
     def reached(self, target: float, key: str) -> float:
         """``key`` where the training loss first is at ``target`` or below: the median over the seeds.
 
@@ -95,12 +101,23 @@ class Standing:
         return float(np.mean(seconds)) if seconds else 0.0
 
 
-def common_target(standings: Sequence[Standing]) -> float:
-    """The lowest training loss that every entrant has reached, each in the median over its seeds.
+def learned(standings: Sequence[Standing]) -> list[Standing]:
+    """Those whose lowest training loss is at least half the way from guessing to the lowest of all.
 
-    An entrant that lost most of its runs has no say in it; NaN if all have.
+    Guessing is ln(classes), the loss of equal logits. Who stays near it, diverges or loses most of its runs
+    says nothing about the others: whether it races or not, they are compared in the same way.
     """
-    return max((s.lowest for s in standings if math.isfinite(s.lowest)), default=math.nan)
+    guessing = math.log(PROBLEMS[standings[0].config.problem].classes)
+    best = min(s.lowest for s in standings)
+    return [s for s in standings if best < guessing and s.lowest <= (guessing + best) / 2]
+
+
+def common_target(standings: Sequence[Standing]) -> float:
+    """The lowest training loss that everybody who has `learned` has reached, in the median over the seeds.
+
+    NaN if nobody has.
+    """
+    return max((s.lowest for s in learned(standings)), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -135,10 +152,9 @@ def headings(measure: Measure) -> Row:
 
 
 def rows(standings: Sequence[Standing]) -> list[Row]:
-    """The table, the first to the target on top."""
+    """The table, the lowest final training loss on top, who lost most of its runs at the bottom."""
     target = common_target(standings)
-    ordered = sorted(standings, key=lambda s: s.reached(target, s.measure.time))
-    return [_row(standing, target) for standing in ordered]
+    return [_row(standing, target) for standing in sorted(standings, key=lambda s: s.final)]
 
 
 def _row(standing: Standing, target: float) -> Row:

@@ -22,7 +22,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
-from kfqn.race.entrants import ENTRANTS
+from kfqn.race import sweep_file
+from kfqn.race.entrants import ENTRANTS, entrant_of
 from kfqn.race.failure import Failure
 from kfqn.race.grids import Settings
 from kfqn.race.plan import Field, Scale, Search
@@ -31,8 +32,8 @@ from kfqn.race.runs import Run, check_writable, write_atomically
 CRITERIA = ("average_loss", "train_loss", "test_error")
 STEP = 3  # from rung to rung so many times the length, for one in so many points
 
+Entry = sweep_file.Entry
 Point = dict[str, Any]  # settings, seed, status, share of the length, and the lowest value of every criterion
-Entry = dict[str, Any]  # what a sweep file holds of one optimizer on one problem
 Do = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
 
 
@@ -106,6 +107,8 @@ def _identity(name: str, point: Point) -> str:
 
 def _keys(name: str, point: Point) -> list[str]:
     """Which entries of a point are settings."""
+    if name not in ENTRANTS:  # anybody's class: all that is not told of the run
+        return [key for key in point if key not in ("seed", "status", "share", *CRITERIA)]
     entrant = ENTRANTS[name]
     return [key for key in (*entrant.tuned, *entrant.options) if key in point]
 
@@ -146,12 +149,10 @@ def key(problem: str, by: str) -> str:
 
 def load(path: Path) -> dict[str, dict[str, Entry]]:
     """What a sweep file holds so far; Failure, before any training, if it cannot be read or written."""
+    known = sweep_file.read(path)
     try:
-        known: dict[str, dict[str, Entry]] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
         check_writable(path.parent)
-    except (OSError, ValueError, Failure) as error:
+    except (OSError, Failure) as error:
         raise Failure(f"cannot save to {path} ({error}): choose another file with --save.") from error
     return known
 
@@ -201,5 +202,5 @@ def print_entries(entries: dict[str, Entry], console: Console) -> None:
                 f"{score:.4g}",
                 ", ".join(edges) or "–",
             ]
-        view.add_row(ENTRANTS[name].label, str(len(tried)), str(lost), *cells, told(entry))
+        view.add_row(entrant_of(name).label, str(len(tried)), str(lost), *cells, told(entry))
     console.print(view)

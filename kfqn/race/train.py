@@ -18,6 +18,8 @@ import platform
 import subprocess
 import time
 import traceback
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from kfqn.optimizer import KroneckerOptimizer
 from kfqn.race import processes
 from kfqn.race.data import Dataset, Images
 from kfqn.race.entrants import entrant_of, of_optimizer
+from kfqn.race.failure import Failure
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.runs import Record, Run, atomic_path
 
@@ -48,14 +51,33 @@ def train(run: Run, data_dir: Path | None) -> None:
     One of several processes then also ends, so that the others do not wait for it.
     """
     try:
+        warm_up(run, data_dir)
         Trainer(run, data_dir).train()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
         run.write(
             [*run.epochs(), {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}]
         )
         if processes.count() > 1:
             raise
+
+
+_WARM: set[tuple[object, ...]] = set()  # kinds of runs that this process has done
+
+
+def warm_up(run: Run, data_dir: Path | None) -> None:
+    """Two steps of a trainer that is thrown away, if this process has not trained the like before.
+
+    Imports at first use, kernels and thread pools are then ready before a clock runs: the first run of a
+    process has no more to pay than the others.
+    """
+    config = run.config
+    kind = (config.entrant, config.problem, config.width, config.batch_size, config.device, config.threads)
+    if kind not in _WARM:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say is said of the run itself
+            Trainer(run, data_dir).rehearse(2)
+        _WARM.add(kind)
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +113,12 @@ class Trainer:
         self.records: list[Record] = []
         self.seconds = self.cpu_seconds = self.warm_start_seconds = 0.0
         self.saved_at = self.shown_at = time.monotonic()
+        self.read = [images.first(config.evaluated) for images in (self.data.train, self.data.test)]
         self.conditions = conditions_of(self.device)  # now: the checkout may change while a run lasts
+        self.conditions |= {
+            "training images": str(len(self.data.train)),
+            "evaluated images": f"first {len(self.read[0])} training and {len(self.read[1])} test images",
+        }
 
     @property
     def steps(self) -> int:
@@ -100,8 +127,9 @@ class Trainer:
 
     def train(self) -> None:
         """Every epoch that is left, then the record of the end."""
-        if self.run.checkpoint.exists():
-            self.load()
+        saved = self.saved()
+        if saved is not None:
+            self.load(saved)
         elif isinstance(self.optimizer, KroneckerOptimizer):
             self.warm_start(self.optimizer)
         self.write(self.records)
@@ -199,8 +227,8 @@ class Trainer:
         )
         model = self.model if self.averaged is None else self.averaged.module
         with averaged():
-            train_loss, _ = self.loss_and_error(model, self.data.train.first(self.config.evaluated))
-            test_loss, test_error = self.loss_and_error(model, self.data.test.first(self.config.evaluated))
+            train_loss, _ = self.loss_and_error(model, self.read[0])
+            test_loss, test_error = self.loss_and_error(model, self.read[1])
         record: Record = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -236,6 +264,14 @@ class Trainer:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
 
+    def rehearse(self, steps: int) -> None:
+        """Some steps, all on one batch; nothing is written."""
+        x, y = next(self.data.training_batches(self.config.batch_size, self.generator))
+        self.model.train()
+        for _ in range(steps):
+            self.step(x, y)
+        self.synchronise()
+
     def save(self) -> None:
         """A checkpoint that `load` goes on from as if nothing had happened."""
         self.saved_at = time.monotonic()
@@ -255,13 +291,41 @@ class Trainer:
         with atomic_path(self.run.checkpoint) as partial:
             torch.save(state, partial)
 
-    def load(self) -> None:
-        """Go back to the last checkpoint; later epochs are done again.
+    def saved(self) -> dict[str, Any] | None:
+        """What the last checkpoint holds; None without one, or if it is damaged: the run then starts anew.
 
-        Some optimizers of other packages keep objects of their own in their state, which only they can read.
+        Some optimizers of other packages keep objects of their own in their state, which only they can read;
+        Failure where such a package is not there.
         """
         ours = type(self.optimizer).__module__.split(".")[0] in ("torch", "kfqn")
-        state = torch.load(self.run.checkpoint, map_location="cpu", weights_only=ours)
+        try:
+            with zipfile.ZipFile(self.run.checkpoint) as archive:
+                if archive.testzip() is not None:  # torch does not look at the checksums
+                    return None
+            state: dict[str, Any] = torch.load(self.run.checkpoint, map_location="cpu", weights_only=ours)
+        except (ImportError, AttributeError) as error:
+            raise self._unfit(error) from error
+        except (
+            Exception
+        ):  # empty, cut short or overwritten: zipfile, pickle and torch each say so in their way
+            return None
+        return state
+
+    def _unfit(self, error: Exception) -> Failure:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Failure(
+            f"cannot go on from {self.run.checkpoint} ({reason}): another version of the optimizer wrote it, "
+            "so delete it to start the run anew, or go on with that version."
+        )
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint; later epochs are done again. Failure if it does not fit this run."""
+        try:
+            self._load(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._unfit(error) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:

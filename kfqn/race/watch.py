@@ -12,6 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kfqn.race.entrants import entrant_of
 from kfqn.race.runs import Run
 
+LABEL = 24  # characters of a name, which may be that of anybody's class
+ELAPSED = 7  # characters of hours, minutes and seconds
+
 
 @contextlib.contextmanager
 def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callable[[], None]]:
@@ -22,17 +25,17 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.entrant, []).append(run)
+    labels = {name: _cut(entrant_of(name).label, LABEL) for name in groups}
+    bar = min(30, max(8, console.width - 70))
+    room = console.width - max(map(len, labels.values())) - bar - ELAPSED - 3  # a space between columns
     progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=bar),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         console=console,
     )
-    tasks = {
-        name: progress.add_task(entrant_of(name).label, total=len(of), state="")
-        for name, of in groups.items()
-    }
+    tasks = {name: progress.add_task(labels[name], total=len(of), state="") for name, of in groups.items()}
     ended: dict[Path, State] = {}
     news = False  # runs that had ended before are none
 
@@ -47,7 +50,7 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
                             f"[{len(ended)}/{len(runs)}] {run.folder.name}: {state.status}", markup=False
                         )
             done = sum(state.fraction for state in states)
-            progress.update(tasks[name], completed=done, state=_summary(states, by))
+            progress.update(tasks[name], completed=done, state=_summary(states, by, room))
 
     update()
     news = True
@@ -77,14 +80,26 @@ def _state(run: Run, by: str) -> State:
     return State(status, 1.0 if status else run.fraction(), lowest, settings)
 
 
-def _summary(states: Sequence[State], by: str) -> str:
-    """Done, running, lost, and the best so far: "12 of 63, 2 running, best train loss 0.12 at lr 30"."""
+def _summary(states: Sequence[State], by: str, room: int) -> str:
+    """Done, running, lost, and the best so far: "12 of 63, 2 running, best train loss 0.12 at lr 30".
+
+    With less than that many characters of ``room``, as much of the best as there is room for.
+    """
     running = sum(not s.status and s.fraction > 0 for s in states)
     lost = sum(s.status not in ("", "finished") for s in states)
     best = min(states, key=lambda s: s.lowest)
     parts = [f"{sum(bool(s.status) for s in states)} of {len(states)}"]
     parts += [f"{running} running"] if running else []
     parts += [f"{lost} lost"] if lost else []
-    if math.isfinite(best.lowest):
-        parts.append(f"best {by.replace('_', ' ')} {best.lowest:.3g} at {best.settings}")
-    return ", ".join(parts)
+    counts = ", ".join(parts)
+    if not math.isfinite(best.lowest):
+        return _cut(counts, room)
+    told = f"{counts}, best {by.replace('_', ' ')} {best.lowest:.3g}"
+    shorter = [told, f"{counts}, best {best.lowest:.3g}", counts]
+    if best.settings:  # an automatic optimizer has none
+        shorter.insert(0, f"{told} at {best.settings}")
+    return next((text for text in shorter if len(text) <= room), _cut(counts, room))
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: max(0, room - 1)] + "…"

@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from kfqn.race import processes
+from kfqn.race.failure import Failure
 from kfqn.race.runs import Run
 
 POLL_SECONDS = 0.5
@@ -27,11 +28,15 @@ def work(folders: Sequence[Path], data_dir: Path | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from kfqn.race.train import train
 
-    for folder in folders:
-        run = Run(folder)
-        with run.claimed() as ours:
-            if ours and run.end() is None:
-                train(run, data_dir)
+    try:
+        for folder in folders:
+            run = Run(folder)
+            with run.claimed() as ours:
+                if ours and run.end() is None:
+                    train(run, data_dir)
+    except Failure as failure:  # not of a run, which would be written down, but of writing
+        print(f"kfqn: {failure}", file=sys.stderr)
+        sys.exit(1)
 
 
 def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:

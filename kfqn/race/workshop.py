@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from kfqn.race import processes, sweep
 from kfqn.race.cifar import Cifar
+from kfqn.race.cores import cores, threads_told
 from kfqn.race.entrants import check_settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import SETTINGS, grid
+from kfqn.race.grids import SETTINGS
 from kfqn.race.plan import Field, Scale, Search, configs
 from kfqn.race.problems import DEFAULT_DATA, Problem
 from kfqn.race.runs import Run, check_writable
@@ -41,6 +41,12 @@ class Workshop:
         check_writable(self.out)
         runs = [Run.create(self.out / "runs", config) for config in configs(problem, field, seeds, scale)]
         for run in runs:
+            if run.damaged():
+                self.console.print(
+                    f"{run.folder / 'epochs.jsonl'} is damaged: what is sound is kept, the rest done again.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             run.forget_failure()
         known = sum(run.end() is not None for run in runs)
         if known:
@@ -53,21 +59,34 @@ class Workshop:
         return runs
 
     def tune(
-        self, problem: Problem, names: Sequence[str], scale: Scale, search: Search
+        self, problem: Problem, field: Field, scale: Scale, search: Search
     ) -> tuple[dict[str, sweep.Entry], list[Run]]:
-        """Sweep some optimizers on a problem: the entries of a sweep file, and all the runs."""
+        """Sweep the points of some optimizers on a problem: the entries of a sweep file, and all the runs."""
 
-        def run_field(field: Field, length: Scale) -> list[Run]:
-            return self.run(problem, field, search.seeds, length, search.by)
+        def run_field(left: Field, length: Scale) -> list[Run]:
+            return self.run(problem, left, search.seeds, length, search.by)
 
-        field = [(name, s) for name in names for s in grid(problem.name, name, search.thinned, search.points)]
         return sweep.sweep(field, scale, search, run_field)
 
 
 def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out: Path) -> Workshop:
-    """Ready to train on these problems, their images at hand; Failure for images that are not there."""
+    """Ready to train on these problems, their images at hand; Failure if those are not there or too few."""
     console = terminal()
-    return Workshop(out, data_folder(options.data_dir, problems, console), console)
+    folder = data_folder(options.data_dir, problems, console)
+    if options.data_dir is not None or options.train_size is not None:
+        for problem in {problem.source: problem for problem in reversed(problems)}.values():
+            check_size(options.train_size, problem, folder)
+    return Workshop(out, folder, console)
+
+
+def check_size(train_size: int | None, problem: Problem, folder: Path | None) -> None:
+    """Read every file, so that what is wrong is said before any run; Failure for more images than those."""
+    there = len(problem.data(folder).train)
+    if train_size is not None and train_size > there:
+        raise Failure(
+            f"--train-size must be at most {there}, the training images of {problem.name}, got {train_size}: "
+            "leave it out to train on all of them."
+        )
 
 
 def terminal() -> Console:
@@ -98,7 +117,7 @@ def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
         train_size=options.train_size,
         evaluated=options.eval_size,
         device=options.device,
-        jobs=options.jobs or (1 if options.device != "cpu" else os.cpu_count() or 1),
+        jobs=options.jobs or (1 if options.device != "cpu" else max(1, cores() // (threads_told() or 1))),
     )
 
 
@@ -128,9 +147,7 @@ def data_folder(given: Path | None, problems: Sequence[Problem], console: Consol
     sources = {id(source): source for p in problems if p.source is not None for source in (p.source(),)}
     folder = given or DEFAULT_DATA
     for source in sources.values():
-        if given is not None:
-            source.load(folder)  # every file once, so that what is wrong is said before any run
-        elif not source.found(folder):
+        if given is None and not source.found(folder):
             download(source, folder, console)
     return folder if sources else None
 
