@@ -25,7 +25,7 @@ def main():
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=args.micro_batches)
     train, test = digits()
     net = network()
-    inner = kfqn.KFBFGS(net, lr=10, damping=1)
+    inner = kfqn.KFBFGS(net)
     loader = batches(train, 256 // args.micro_batches)
     model, optimizer, loader = accelerator.prepare(net, inner, loader)
     waiting, losses, total = [], [], 0.0
@@ -37,9 +37,8 @@ def main():
 
     def look_again(*_):
         scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-        with inner.second_pass(loss_scale=scale):
-            for x, y in waiting:
-                look(x, y)
+        with inner.second_pass(total, loss_scale=scale) as again:
+            again.loss = sum(look(x, y) for x, y in waiting)
 
     inner.register_step_post_hook(look_again)
     for _ in range(8):

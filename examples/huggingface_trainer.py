@@ -27,14 +27,22 @@ class TwoPassTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         self.samples = super().get_batch_samples(*args, **kwargs)  # the micro-batches of the next step
+        self.loss = 0.0  # the sum of theirs
         return self.samples
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.loss = self.loss + loss
+        return loss
 
     def look_again(self, optimizer, *_):
         scaler = self.accelerator.scaler
         micro_batches, items = self.samples
-        with optimizer.second_pass(loss_scale=scaler.get_scale() if scaler else 1.0):
+        scale, before, self.loss = scaler.get_scale() if scaler else 1.0, self.loss, 0.0
+        with optimizer.second_pass(before, loss_scale=scale) as again:
             for inputs in micro_batches:
                 self.training_step(self.model_wrapped, inputs, items)
+            again.loss = self.loss
 
 
 def main():
@@ -47,17 +55,13 @@ def main():
     widths = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     images = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     model = ViTForImageClassification(ViTConfig(**images, **widths, initializer_range=0.2))  # ≈ 1/√32
-    # The same vector added to every key changes no softmax, so the mean gradient of keys is zero, and what
-    # H_G would learn of it is noise.
-    keys = [layer.attention.k_proj for layer in model.vit.layers]
-    optimizer = kfqn.KFBFGS(model, lr=1, damping=0.1, groups=[{"modules": keys, "first_order": True}])
+    optimizer = kfqn.KFBFGS(model)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
             num_train_epochs=5,
             per_device_train_batch_size=128 // args.micro_batches,
             gradient_accumulation_steps=args.micro_batches,
-            max_grad_norm=0,  # 1 unless told otherwise, for first-order methods
             logging_strategy="epoch",
             logging_first_step=True,
             disable_tqdm=True,

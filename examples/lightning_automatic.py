@@ -37,7 +37,7 @@ class Digits(lightning.LightningModule):
         self.losses.append(loss)
 
     def configure_optimizers(self):
-        optimizer = kfqn.KFBFGS(self, lr=10, damping=1)
+        optimizer = kfqn.KFBFGS(self)
         steps = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]

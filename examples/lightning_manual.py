@@ -48,15 +48,15 @@ class Digits(lightning.LightningModule):
             loss = self.look()
             optimizer.step()
             if optimizer.second_pass_due:
-                with optimizer.second_pass():
-                    self.look()
+                with optimizer.second_pass(loss) as again:
+                    again.loss = self.look()
         else:
             loss = optimizer.step(self.look)
         self.losses.append(loss)
         self.waiting.clear()
 
     def configure_optimizers(self):
-        return kfqn.KFBFGS(self, lr=10, damping=1)
+        return kfqn.KFBFGS(self)
 
 
 def main():

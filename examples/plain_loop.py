@@ -22,14 +22,15 @@ def step_with_closure(model, optimizer, x, y):
 
 
 def step_by_hand(model, optimizer, x, y):
-    """The usual three lines, then at some steps the same batch once more, of which curvature is learnt."""
+    """The usual three lines, then at some steps the same batch once more, from which it learns."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     optimizer.step()
     if optimizer.second_pass_due:
-        with optimizer.second_pass():
-            F.cross_entropy(model(x), y).backward()
+        with optimizer.second_pass(loss) as again:
+            again.loss = F.cross_entropy(model(x), y)
+            again.loss.backward()
     return loss
 
 
@@ -44,7 +45,7 @@ def main():
 
     train, test = digits()
     model, loader = network(), batches(train, 128)
-    optimizer = kfqn.KFBFGS(model, lr=10, damping=1)
+    optimizer = kfqn.KFBFGS(model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
     step, losses, first = step_by_hand if args.by_hand else step_with_closure, [], 0
     if args.checkpoint and args.checkpoint.exists():

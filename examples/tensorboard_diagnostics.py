@@ -23,7 +23,7 @@ def main():
     args = parser.parse_args()
     train, test = digits()
     model, loader = network(), batches(train, 128)
-    optimizer = kfqn.KFBFGS(model, lr=10, damping=1)
+    optimizer = kfqn.KFBFGS(model)
     losses = []
     with SummaryWriter(args.logdir) as writer:
         for epoch in range(5):

@@ -25,6 +25,7 @@ _PASSING = (
     "search",
     "usual",
     "along",
+    "norms",
     "trust",
     "drawn",
 )  # differ from step to step
@@ -176,7 +177,7 @@ class LayeredOptimizer(torch.optim.Optimizer, ABC):
     def _join_others(self, group: Group) -> None:
         if self._others is None:
             given = [group] if len(group) > 1 else group["params"]
-            self._others = made(self._make_others, given, self._model)
+            self._others = made(self._make_others, given, self._model, bool(self.defaults.get("automatic")))
             new = [*self._others.param_groups]
         else:
             self._others.add_param_group(group)

@@ -11,17 +11,20 @@ Others = Callable[[list[Any]], torch.optim.Optimizer]
 _TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)  # of torch's
 
 
-def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
+AUTOMATIC = 3e-3  # learning rate beside lr="auto", as for what Muon leaves to Adam
+
+
+def adamw(parameters: list[Any], lr: float = 1e-3) -> torch.optim.Optimizer:
     """What trains the parameters that belong to no layer, unless told otherwise."""
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, foreach=True)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=True)
 
 
 @final
 class AdamWAndSparseAdam(torch.optim.Optimizer):
     """`adamw`, with `torch.optim.SparseAdam` at its settings for parameters that have sparse gradients."""
 
-    def __init__(self, parameters: list[Any]) -> None:
-        groups = adamw(parameters)
+    def __init__(self, parameters: list[Any], lr: float = 1e-3) -> None:
+        groups = adamw(parameters, lr)
         super().__init__(groups.param_groups, groups.defaults)
 
     @torch.no_grad()
@@ -37,9 +40,10 @@ class AdamWAndSparseAdam(torch.optim.Optimizer):
                 rule.step()
 
 
-def made(others: Others, parameters: list[Any], model: nn.Module) -> torch.optim.Optimizer:
-    """What ``others`` makes of the parameters; of the default what takes the sparse gradients of a model too.
+def made(others: Others, parameters: list[Any], model: nn.Module, automatic: bool) -> torch.optim.Optimizer:
+    """What ``others`` makes of the parameters.
 
+    The default takes the sparse gradients of a model, too, and has a rate of its own beside an automatic one.
     Raises ValueError if it makes no optimizer, or one that cannot be used here.
     """
     if not callable(others) or isinstance(others, torch.optim.Optimizer):
@@ -48,7 +52,10 @@ def made(others: Others, parameters: list[Any], model: nn.Module) -> torch.optim
             f"torch.optim.AdamW itself, but is {others!r}."
         )
     sparse = _sparse(model)
-    optimizer = AdamWAndSparseAdam(parameters) if sparse and others is adamw else others(parameters)
+    if others is adamw:
+        default = AdamWAndSparseAdam if sparse else adamw
+        return default(parameters, AUTOMATIC if automatic else 1e-3)
+    optimizer = others(parameters)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("others cannot be torch.optim.LBFGS, which needs closures of its own.")
     of_torch = type(optimizer).__module__.startswith("torch.optim.")

@@ -34,7 +34,7 @@ class KFQN(SelfTuningOptimizer):
     @staticmethod
     def _settings(**settings: Any) -> Group:
         """Arguments as the defaults of a group; ValueError for one that is out of range."""
-        of_the_search = {"search": None, "trust": None, "usual": (), "along": ()}
+        of_the_search = {"search": None, "trust": None, "usual": (), "along": (), "norms": ()}
         return checked_settings(**resolved(settings, {})) | of_the_search
 
     @abstractmethod
@@ -205,7 +205,8 @@ class KFBFGS(KFQN):
         groups: settings for some modules, each as for `add_param_group`.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
-            AdamW with lr 1e-3 by default, and SparseAdam for sparse embeddings. `plan` shows what goes where,
+            AdamW by default, with lr 3e-3 beside an automatic rate and 1e-3 else, and SparseAdam for sparse
+            embeddings. `plan` shows what goes where,
             and a warning says if it is most of them.
         process_group: the processes that train the model together; found by itself with
             `DistributedDataParallel` (`docs/distributed.md`).

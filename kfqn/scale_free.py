@@ -6,7 +6,9 @@ and one day W overflows. So ‖W‖ is kept.
 
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
 
-A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``).
+A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``), and the
+norm that is kept, or 0 (``norms``); after a step that was taken back norms are kept anew, so that a step
+without a length moves nothing.
 """
 
 import functools
@@ -24,6 +26,7 @@ from kfqn.layers import Layer
 ByGroup = Sequence[tuple[Group, Sequence[Layer]]]
 
 DECAY = 0.9  # of the average, a judged step
+ROUNDING = 0.01  # of ‖W‖ is what weights in half precision may drift by in a step
 NOTHING = 0.05  # below this there is nothing along W, not even by chance
 
 
@@ -73,17 +76,22 @@ def note_along(groups: ByGroup, norms_W: Mapping[Layer, float], found: Sequence[
 
 
 def keep_norms(groups: ByGroup, before: Mapping[Layer, float]) -> None:
-    """Leave ‖W‖ as it was before the step, where gradients have nothing along W.
+    """Put ‖W‖ back to what it was when the layer's gradients were first known to have nothing along W.
 
-    ``before`` has that of the layers that moved. What it was before is all that counts: a step of no length
-    moves nothing.
+    ``before`` has that of the layers that moved, before they did; where it is another by more than
+    `ROUNDING`, somebody else has changed W, and it counts from then on.
     """
     kept: dict[Layer, float] = {}
     for group, layers in groups:
+        found = []
         averages = group["along"] or (1.0,) * len(layers)
-        for layer, average in zip(layers, averages, strict=True):
-            if average < NOTHING and before.get(layer, 0.0):
-                kept[layer] = before[layer]
+        norms = group["norms"] or (0.0,) * len(layers)
+        for layer, average, norm in zip(layers, averages, norms, strict=True):
+            now = before.get(layer, norm)
+            found.append((norm if abs(now - norm) <= ROUNDING * norm else now) if average < NOTHING else 0.0)
+            if found[-1] and layer in before:
+                kept[layer] = found[-1]
+        group["norms"] = tuple(found)
     keep_norms_(kept)
 
 

@@ -76,8 +76,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     that all these groups share and keep in ``search``. Their layers move by the same share of their size,
     or by less where P is shorter than it was of late (``usual``): how long the directions of two layers are
     against each other depends on the units of both, and the loss along a step says nothing of it. A state
-    keeps the averaged gradient as ``DW``. A step leaves ‖W‖ as it was where a layer's scale changes nothing
-    (``along``).
+    keeps the averaged gradient as ``DW``. Of a layer whose scale changes nothing (``along``) ‖W‖
+    is kept (``norms``).
 
     Of a step that is to be judged the parameters before are kept, and put back to the bit if it is rejected;
     of a step in between most is taken back, along the direction of the averaged gradient, if the loss of the
@@ -123,7 +123,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         super().warm_start(batches)
         self._search, self._trust = Search(), Trust()
         for group in self._automatic:
-            group["usual"] = group["along"] = ()
+            group["usual"] = group["along"] = group["norms"] = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -220,6 +220,12 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
             self._ranks.send(P, self._owners.get(layer))
             layer.add_(P, alpha=1.0)
         self._search = undone(self._search)
+        self._forget_norms()
+
+    def _forget_norms(self) -> None:
+        """After a step was taken back: norms are kept anew."""
+        for group in self._automatic:
+            group["norms"] = ()
 
     def _update(
         self, layers: Sequence[Layer], moves: dict[Layer, Move], seen: LayersSeen, closure: Any
@@ -383,6 +389,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         self._search, share = judged(self._search, trial)
         self._trust = trusting.with_verdict(trusting.passed(self._trust), share < 1)
         if share < 1:
+            self._forget_norms()
             for p, W in pending.before.items():
                 p.copy_(W.lerp_(p.to(W.dtype), share) if share else W)
             for layer in self._layers:

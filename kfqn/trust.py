@@ -31,7 +31,7 @@ DOUBTS = 2  # checks in a row that confirm nothing cost the trust
 REJECTED = 8  # rejected steps, less those that were not
 MISSED = 2  # steps in a row of which nobody ran the second pass that was due
 FIRST_LOSSES = 5  # batches whose mean loss is where losses began
-ABOVE = 6.0  # times the uncertainty of an average of losses: significantly above
+ABOVE = 6.0  # times the uncertainty of both averages: significantly above where losses began
 LOSSES = 15  # until that is asked
 FALLEN = 10.0  # times the size of the first losses, from where they began: there is no floor
 
@@ -130,7 +130,7 @@ def with_loss(trust: Trust, loss: float) -> Trust:
     trust = trust._replace(losses=n, first=first, spread=spread, newer=newer, noise=noise)
     if n > FIRST_LOSSES and first - newer > FALLEN * (abs(first) + spread):
         return trust._replace(lost="falling")
-    above = newer - first > ABOVE * noise / math.sqrt(n) > 0
+    above = newer - first > ABOVE * noise * math.sqrt(1 / FIRST_LOSSES + 1 / n) > 0
     return trust._replace(lost="rising") if n >= LOSSES and above else trust
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from cases import batches, grouped, mlp, odd_cnn
+from cases import batches, closure, grouped, mlp, odd_cnn
 from test_contract import OPTIMIZERS, TWO_PASS, same_weights, snapshot, train, unchanged
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
