@@ -363,7 +363,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
 
     def _accepts(self, before: Tensor | float | None, after: Tensor | float | None) -> bool:
         pending = self._pending
-        if not pending.slopes:
+        if not pending.slopes or self._trust.lost:
             return True
         if before is None or after is None:
             raise RuntimeError(

@@ -31,8 +31,8 @@ DOUBTS = 2  # checks in a row that confirm nothing cost the trust
 REJECTED = 8  # rejected steps, less those that were not
 MISSED = 2  # steps in a row of which nobody ran the second pass that was due
 FIRST_LOSSES = 5  # batches whose mean loss is where losses began
-ABOVE = 6.0  # times the uncertainty of both averages: significantly above where losses began
-LOSSES = 15  # until that is asked
+ABOVE = 5.0  # times the uncertainty of both averages: significantly above where losses began
+LOSSES = 25  # until that is asked
 FALLEN = 10.0  # times the size of the first losses, from where they began: there is no floor
 
 
@@ -50,7 +50,7 @@ class Trust(NamedTuple):
     first: float = 0.0  # mean of the first losses
     spread: float = 0.0  # and their mean distance from it
     newer: float = 0.0  # and of all, late ones weighing most
-    noise: float = 0.0  # mean distance of a loss from that
+    noise: float = 0.0  # mean distance of a loss from that, of those in which trust is not asked for
 
 
 def point(trust: Trust) -> float:
@@ -121,7 +121,9 @@ def with_loss(trust: Trust, loss: float) -> Trust:
     if trust.lost or not math.isfinite(loss):
         return trust
     n = trust.losses + 1
-    noise = trust.noise + (abs(loss - trust.newer) - trust.noise) * 2 / (n + 1) if n > 1 else 0.0
+    noise = trust.noise
+    if 1 < n <= LOSSES:  # later they may rise, and the noise with them
+        noise += (abs(loss - trust.newer) - noise) * 2 / (n + 1)
     newer = trust.newer + (loss - trust.newer) * min(1.0, 7 / (n + 6))
     first, spread = trust.first, trust.spread
     if n <= FIRST_LOSSES:

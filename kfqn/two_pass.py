@@ -123,13 +123,14 @@ class TwoPassOptimizer(LookingOptimizer):
         self._memory.rewinds[:] = [rewind for _, rewind in sorted(starts, key=lambda start: start[0])]
         for record in seen.values():
             record.let_go()
+        if closure is not None and self._firsts:
+            self._check(closure)
         if self._firsts and not self._needs_second_pass():
             firsts = dict(self._firsts)
             self._firsts.clear()
             with self._full_precision():
                 self._learn_from(firsts, {}, 1.0)
         elif closure is not None and self._firsts:
-            self._check(closure)
             self._look_again(closure)
 
     def _needs_second_pass(self) -> bool:

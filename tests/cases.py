@@ -8,6 +8,7 @@ from foreign import Conv1D
 from torch import nn
 
 import kfqn
+from kfqn.trust import Trust
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ LAYERS = {
 }
 
 
+CHECKED = Trust(checks=2, wait=10**6)  # losses are believed, so that closures are called twice
 AUTOMATIC = {  # the optimizers that find their step size, name -> maker
     "KFBFGS": kfqn.KFBFGS,
     "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, mlp, odd_cnn, recurrent
+from cases import CHECKED, batches, mlp, odd_cnn, recurrent
 from test_contract import OPTIMIZERS, TWO_PASS, Noisy, snapshot, train, unchanged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -583,6 +583,7 @@ def test_a_pass_without_backward_in_a_closure_keeps_the_masks():
     """A teacher of its own, detached."""
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
     optimizer = kfqn.KFBFGS(model)
+    optimizer._trust = CHECKED
 
     def evaluate():
         model.zero_grad()

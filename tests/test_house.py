@@ -46,6 +46,7 @@ ORDER = [
     "first_look",
     "two_pass",
     "step_size",
+    "trust",
     "self_tuning",
     "quasi_newton",
     "convergent",

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, closure, mlp, odd_cnn
+from cases import AUTOMATIC, CHECKED, batches, closure, mlp, odd_cnn
 from test_contract import snapshot, train, unchanged
 from torch import nn
 
@@ -29,9 +29,6 @@ from kfqn.step_size import (
     with_loss,
     within_bounds,
 )
-from kfqn.trust import Trust
-
-CHECKED = Trust(checks=2, wait=10**6)  # losses are believed
 
 
 @pytest.fixture(params=AUTOMATIC)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches
+from cases import AUTOMATIC, CHECKED, batches
 from test_contract import TWO_PASS, snapshot, unchanged
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -23,6 +23,7 @@ STILL = {  # no weight moves
     "others": lambda parameters: torch.optim.SGD(parameters, lr=0.0),
 }
 MAKERS = {f"{name}, paper": partial(make, **STILL) for name, make in TWO_PASS.items()} | AUTOMATIC
+pytestmark = pytest.mark.filterwarnings("ignore:.*trainable parameters get factors")  # spectral_norm
 STEPS = 12  # of which an automatic step size looks at all
 
 
@@ -148,6 +149,7 @@ def test_both_doors_start_there(build, name):
     model = build()
     twin = copy.deepcopy(model)
     optimizer, theirs = AUTOMATIC[name](model), AUTOMATIC[name](twin)
+    optimizer._trust = theirs._trust = CHECKED
     states = []
     for net, own, door in ((model, optimizer, "closure"), (twin, theirs, "by hand")):
         random.seed(0)
