@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, closure, odd_cnn
+from cases import CHECKED, batches, closure, odd_cnn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
@@ -22,7 +22,7 @@ PAIRED, LOOKED, BETWEEN = 10, 12, 101
 def at(optimizer, k):
     """The optimizer as if k steps had been taken, and none taken back."""
     state = optimizer.state_dict()
-    state["param_groups"][0] |= {"k": k, "search": None}
+    state["param_groups"][0] |= {"k": k, "search": None, "trust": CHECKED}
     optimizer.load_state_dict(state)
     return optimizer
 

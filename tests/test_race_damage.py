@@ -174,11 +174,12 @@ def test_a_race_on_a_damaged_folder_from_the_command_line(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX says it so")
 @pytest.mark.parametrize("name", ["epochs.jsonl", "config.json"])
 def test_what_is_no_file_is_named(tmp_path, name):
-    run = Run.create(tmp_path / "runs", config(entrant="sgd", settings={"lr": 0.05}, epochs=2))
-    (run.folder / name).unlink(missing_ok=True)
-    (run.folder / name).mkdir()
     race = ["race", "--optimizers", "sgd:lr=0.05", *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
-    one_line(here(*race), str(run.folder / name), "Is a directory", "delete ")
+    here(*race)
+    (folder,) = (tmp_path / "runs").iterdir()
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    one_line(here(*race), str(folder / name), "Is a directory", "delete ")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
