@@ -87,6 +87,7 @@ def test_the_factors_can_be_shared_out_and_a_step_refused_by_one_is_refused_by_a
     same(refused["model"], one_process("KFBFGS", skip=2)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*the step was refused")
 def test_processes_find_the_same_step_size_and_take_back_the_same_steps(tmp_path):
     """As one process on the joint batch, with factors shared out too; losses of the halves differ."""
     cases = [f"{method}:{how}" for method in METHODS[:2] for how in ("automatic", "sharded automatic undone")]
