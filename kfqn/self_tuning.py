@@ -375,7 +375,6 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         f0, f1, slope, regularised, of_all, *found = self._mean(
             [before, after, *pending.slopes, *pending.towards_W]
         )
-        note_along(self._by_group, pending.norms, found)
         rate = pending.gone / pending.D if pending.D > 0 else 0.0
         factor = pending.scheduled / pending.gone if pending.gone > 0 else 0.0
         resolution = 4 * torch.finfo(before.dtype).eps * max(abs(f0), abs(f1))
@@ -384,6 +383,7 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         if pending.at < 1:
             self._note_check(pending.at, f1 - f0, of_all, f0, resolution)
             return True
+        note_along(self._by_group, pending.norms, found)
         slope, regularised, of_all = (self._trust.ratio * x for x in (slope, regularised, of_all))
         trial = Trial(rate, factor, pending.D, slope, regularised, of_all, f0, f1, resolution)
         self._search, share = judged(self._search, trial)
