@@ -412,7 +412,10 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
         """Take in a second pass that was run on the way."""
         coarse = at > 0 and any(p.element_size() < 4 for p in self._pending.before)
         found = math.nan if coarse else change  # so short a way is lost in the rounding of such weights
+        before = self._trust.ratio
         self._trust = trusting.checked(self._trust, at, found, slope, loss, resolution)
+        descent = self._search.descent * self._trust.ratio / before  # of gradients as they now come
+        self._search = self._search._replace(descent=descent)
 
     def _mean(self, numbers: Sequence[Tensor]) -> list[float]:
         """Scalars as numbers, averaged over the processes."""
