@@ -89,7 +89,8 @@ class KroneckerOptimizer(UpdatingOptimizer):
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
         calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
-        KFAC's first step without a warm start, and now and then to check losses that judge steps) and must use the same batch every time; what else it must
+        KFAC's first step without a warm start, and now and then to check losses that judge steps) and must
+        use the same batch every time; what else it must
         and may do: `kfqn.closure`. All runs but the first leave no trace in the model (`kfqn.second_pass`).
         Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
         layer that the batch gives no gradient is left as it is, and of an empty batch all are.

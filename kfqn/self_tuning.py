@@ -84,7 +84,8 @@ class SelfTuningOptimizer(TwoPassOptimizer, ABC):
     next batch is far above; the parameters of ``others`` then stay. Both losses are read by the host.
 
     Where losses turn out not to judge steps (`kfqn.trust`, kept in ``trust``), or none are told, every layer
-    moves by `WITHOUT_LOSSES` of a usual initialisation's norm times ``lr``; there are then no second passes, and H_A alone learns.
+    moves by `WITHOUT_LOSSES` of a usual initialisation's norm times ``lr``; there are then no second
+    passes, and H_A alone learns.
     """
 
     def _begin(self) -> None:
