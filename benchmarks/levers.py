@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
-from kfqn.inputs import Inputs
-from kfqn.orthogonal import orthogonalised
+from kfqn.formulas.inputs import Inputs
+from kfqn.formulas.orthogonal import orthogonalised
+from kfqn.formulas.secant import bfgs_update_
+from kfqn.formulas.statistics import mean_activation, mean_preactivation, second_moment_matvec
+from kfqn.parameters.discovery import layers_of
 from kfqn.race.train import conditions_of
-from kfqn.rules import layers_of
-from kfqn.secant import bfgs_update_
 
 ROUNDS = 9
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.first_look import gap
+from kfqn.steps.cadence import gap
 from kfqn.race import peers
 from kfqn.race.failure import Failure
 from kfqn.race.models import all_cnn_c, vgg16

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kfqn
-from kfqn.capture import Look
-from kfqn.curvature import mean_preactivation
+from kfqn.formulas.statistics import mean_preactivation
+from kfqn.passes.recorder import Look
 from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.train import conditions_of
 

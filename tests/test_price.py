@@ -12,8 +12,10 @@ from cases import CHECKED, batches, closure, odd_cnn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
+from kfqn import update
 from kfqn.race.models import all_cnn_c, vgg16
 from kfqn.race.resnet import resnet20
+from kfqn.steps.parabola import Search
 
 # Steps with a second pass, with one that an automatic step asks for its loss alone, and with none.
 PAIRED, LOOKED, BETWEEN = 10, 12, 101
@@ -22,7 +24,7 @@ PAIRED, LOOKED, BETWEEN = 10, 12, 101
 def at(optimizer, k):
     """The optimizer as if k steps had been taken, and none taken back."""
     state = optimizer.state_dict()
-    state["param_groups"][0] |= {"k": k, "search": None, "trust": CHECKED}
+    state["param_groups"][0]["progress"] |= {"k": k, "search": Search()._asdict(), "trust": CHECKED._asdict()}
     optimizer.load_state_dict(state)
     return optimizer
 
@@ -131,7 +133,7 @@ def test_directions_take_the_memory_of_the_weights_once(lr):
     optimizer.step(kfqn.closure(model, x, x, F.mse_loss))
     F.mse_loss(model(x), x).backward()
     with torch.no_grad():
-        peak = peak_bytes(lambda: optimizer._moves(optimizer._layers))
+        peak = peak_bytes(lambda: update.propose(optimizer.training, optimizer.training.groups.layers))
     assert peak < 1.3 * sum(p.nbytes for p in model.parameters())
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.capture import Look, Watch
 from kfqn.closures import Closure
-from kfqn.curvature import (
+from kfqn.curvature.pairs import averaged_pairs
+from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
     mean_preactivation_gradient,
@@ -26,12 +26,12 @@ from kfqn.curvature import (
     second_moment_of_gradient,
 )
 from kfqn.kfac import invert
-from kfqn.layers import Layer
 from kfqn.optimizer import KroneckerOptimizer
-from kfqn.pairs import averaged_pairs
+from kfqn.parameters.discovery import layers_of
+from kfqn.parameters.layers import Layer
+from kfqn.passes.record import Seen
+from kfqn.passes.recorder import Look, Watch
 from kfqn.race.entrants import ENTRANTS
-from kfqn.rules import layers_of
-from kfqn.seen import Seen
 from kfqn.two_pass import TwoPassOptimizer
 
 COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each

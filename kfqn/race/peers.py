@@ -98,7 +98,7 @@ def from_class(path: str, model: "nn.Module", settings: Settings, weight_decay: 
 
     The problem's weight decay is used where the optimizer takes one and none is among the settings.
     """
-    from kfqn.groups import LayeredOptimizer
+    from kfqn.parameters.groups import LayeredOptimizer
 
     kind = by_dotted_name(path)
     arguments: dict[str, Any] = dict(settings)
