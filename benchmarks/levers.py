@@ -21,7 +21,7 @@ from torch.nn.grad import conv2d_weight
 from kfqn.curvature import mean_activation, mean_preactivation, second_moment_matvec
 from kfqn.inputs import Inputs
 from kfqn.orthogonal import orthogonalised
-from kfqn.race.train import conditions_of
+from kfqn.race.runs.conditions import conditions_of
 from kfqn.rules import layers_of
 from kfqn.secant import bfgs_update_
 

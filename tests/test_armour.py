@@ -12,9 +12,9 @@ from test_contract import OPTIMIZERS, TWO_PASS, snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
 
 REFUSED = "ignore:.*the step was refused and nothing was changed:RuntimeWarning"
 ANEW = "ignore:.*start anew:RuntimeWarning"

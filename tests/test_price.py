@@ -12,8 +12,8 @@ from cases import CHECKED, batches, closure, odd_cnn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
-from kfqn.race.models import all_cnn_c, vgg16
-from kfqn.race.resnet import resnet20
+from kfqn.race.problems.models import all_cnn_c, vgg16
+from kfqn.race.problems.resnet import resnet20
 
 # Steps with a second pass, with one that an automatic step asks for its loss alone, and with none.
 PAIRED, LOOKED, BETWEEN = 10, 12, 101

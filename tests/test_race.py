@@ -14,13 +14,17 @@ import torch
 from lab import BATCH, TINY, config, here, hold, kfqn, one_line, without_clock, write_toy_cifar
 from torch import nn
 
-from kfqn.race import entrants, grids, workers
+from kfqn.race import entrants
+from kfqn.race.entrants import grids
 from kfqn.race.failure import Failure
-from kfqn.race.figure import _looks
-from kfqn.race.report import losses_of
-from kfqn.race.runs import Run
-from kfqn.race.summary import Standing, common_target, rows
-from kfqn.race.train import Trainer, averaged_model, train
+from kfqn.race.report.figure import _styles
+from kfqn.race.report.results import Result, common_target
+from kfqn.race.report.sentences import unfinished
+from kfqn.race.report.table import rows
+from kfqn.race.runs import Run, workers
+from kfqn.race.runs.averaging import polynomial_average
+from kfqn.race.runs.train import train
+from kfqn.race.runs.trainer import Trainer
 
 
 def test_a_race_from_the_command_line(tmp_path):
@@ -51,7 +55,7 @@ def test_everybody_trains_resnet20_with_the_settings_of_the_package(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "CIFAR-10, ResNet-20 of width 2" in result.stdout
     runs = [Run(folder) for folder in (tmp_path / "runs").iterdir()]
-    assert {run.config.entrant for run in runs} == {*entrants.RACE}
+    assert {run.config.entrant for run in runs} == {*entrants.DEFAULT_FIELD}
     for run in runs:
         name, (first, second) = run.config.entrant, run.epochs()
         assert run.config.settings == entrants.best_settings("cifar10-resnet20", name, Path("none"))[0]
@@ -117,7 +121,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_train
     train(whole, None)
     assert whole.end()["status"] == "finished"
 
-    monkeypatch.setattr("kfqn.race.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kfqn.race.runs.trainer.CHECKPOINT_SECONDS", 0.0)
     cut = Run.create(tmp_path / "cut", config(entrant=entrant, settings=settings))
     trainer, evaluate = Trainer(cut, None), Trainer.evaluate
 
@@ -139,7 +143,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_train
 
 def test_an_average_of_the_weights_gives_late_steps_more_and_forgets_the_start():
     model, power, history = nn.Linear(1, 1), 3.0, []
-    average = averaged_model(model, power)
+    average = polynomial_average(model, power)
     for n in range(1, 8):
         with torch.no_grad():
             model.weight.fill_(n**2)
@@ -157,7 +161,7 @@ def test_a_cosine_ends_at_nothing_and_the_average_is_what_is_read(tmp_path):
     start = trainer.model.state_dict()["0.weight"].clone()
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    loss, _ = trainer.loss_and_error(trainer.averaged.module, trainer.data.train)
+    loss, _ = trainer.loss_and_error(trainer.averaged_model.module, trainer.data.train)
     assert trainer.records[-1]["train_loss"] == pytest.approx(loss)
     assert loss != trainer.loss_and_error(trainer.model, trainer.data.train)[0]
     assert not start.equal(trainer.model.state_dict()["0.weight"])
@@ -252,7 +256,7 @@ def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkey
     other = context.Process(target=hold, args=(run.folder, held, leave))
     other.start()
     assert held.wait(60)
-    one_round = workers._work_and_watch
+    one_round = workers._work_and_update
 
     def and_then_leave(*args):
         came_back = one_round(*args)
@@ -261,10 +265,10 @@ def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkey
         return came_back
 
     if when == "once they are over":
-        monkeypatch.setattr(workers, "_work_and_watch", and_then_leave)
-        workers.do([run], 1, None, lambda: None)
+        monkeypatch.setattr(workers, "_work_and_update", and_then_leave)
+        workers.run_all([run], 1, None, lambda: None)
     else:
-        workers.do([run], 1, None, leave.set)
+        workers.run_all([run], 1, None, leave.set)
         other.join(20)
     assert other.exitcode == 0
     assert run.end()["status"] == "finished"
@@ -287,9 +291,9 @@ def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
             child.kill()
 
     run = Run.create(tmp_path, config(epochs=1))
-    workers.do([run], 1, None, kill)
+    workers.run_all([run], 1, None, kill)
     assert run.end() is None
-    ((name, reason, _),) = losses_of([run])
+    ((name, reason, _),) = unfinished([run])
     assert name == run.folder.name
     assert "its process was killed" in reason
 
@@ -297,7 +301,7 @@ def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
 def test_the_table_is_made_from_the_files_alone(tmp_path):
     """Three runs written by hand: the target is what all finished runs reach, medians and all."""
     losses = {"kfbfgs": [0.5, 0.1, 0.02], "sgd": [0.9, 0.6, 0.3]}
-    standings = []
+    results = []
     for entrant, values in losses.items():
         runs = []
         for seed in range(2):
@@ -308,9 +312,9 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
             ]
             run.write([*lines, {"status": "finished", "warm_start_seconds": 0.5}])
             runs.append(run)
-        standings.append(Standing(runs))
-    assert common_target(standings) == 0.3
-    first, second = rows(standings)
+        results.append(Result(runs))
+    assert common_target(results) == 0.3
+    first, second = rows(results)
     assert first.label == "KF-BFGS (lr 1)"
     assert (first.epochs_to_target, first.seconds_to_target) == ("2", "5.00")
     assert (second.epochs_to_target, second.seconds_to_target) == ("3", "7.00")
@@ -320,17 +324,17 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
 
 @pytest.mark.parametrize("settings", [1, 3, 5])
 def test_no_two_lines_of_a_figure_look_alike(settings, tmp_path):
-    standings = [
-        Standing([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
+    results = [
+        Result([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
         for entrant in ("kfbfgs:auto", "sgd", "adam", "adamw", "muon", "soap", "torch.optim.RMSprop")
         for lr in range(settings)
     ]
-    looks = [*zip(*_looks(standings), strict=True)]
-    assert len({*looks}) == len(looks)
+    styles = [*zip(*_styles(results), strict=True)]
+    assert len({*styles}) == len(styles)
 
 
 def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
-    standings = []
+    results = []
     for entrant, ends in {"sgd": ["finished"] * 3, "adam": ["finished", "diverged", "failed"]}.items():
         runs = [Run.create(tmp_path, config(entrant=entrant, settings={"lr": 1.0}, seed=k)) for k in range(3)]
         for run, status in zip(runs, ends, strict=True):
@@ -341,9 +345,9 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
                 "seconds": 1.0,
             }
             run.write([record, {"status": status, "reason": ""}])
-        standings.append(Standing(runs))
-    assert common_target(standings) == 0.2
-    first, second = rows(standings)
+        results.append(Result(runs))
+    assert common_target(results) == 0.2
+    first, second = rows(results)
     assert first.label == "SGD-m (lr 1)"
     assert second.seconds_to_target == "–"
     assert second.lost == "1 diverged, 1 failed"
@@ -353,7 +357,7 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
 
 
 def test_wrong_use_from_the_command_line(tmp_path):
-    one_line(kfqn("race", "--problem", "nothing"), "invalid choice: 'nothing'", "digits")
+    one_line(kfqn("race", "--problem", "nothing"), "no problem 'nothing' (choose from digits, digits-mlp")
     one_line(here("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
     one_line(
         here("race", "--optimizers", "kfbfgs:lr"),

@@ -13,8 +13,9 @@ from lab import TINY, config, here, kfqn, one_line, without_clock
 from kfqn.race.entrants import best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.runs import Run
+from kfqn.race.runs.train import train
+from kfqn.race.runs.trainer import Trainer
 from kfqn.race.sweep import load
-from kfqn.race.train import Trainer, train
 
 EPOCHS = [{"epoch": k, "train_loss": 1 / k, "note": "é\u2028"} for k in (1, 2, 3)]
 WHOLE = [*EPOCHS, {"status": "finished", "conditions": {}}]
@@ -109,7 +110,7 @@ def test_a_run_goes_on_from_a_sound_checkpoint_and_anew_from_a_damaged_one(
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
     run = Run.create(tmp_path / "cut", whole.config)
-    monkeypatch.setattr("kfqn.race.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kfqn.race.runs.trainer.CHECKPOINT_SECONDS", 0.0)
     trainer = Trainer(run, None)
 
     def stop_at_two(records):

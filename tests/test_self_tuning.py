@@ -12,9 +12,9 @@ from torch import nn
 
 import kfqn
 from kfqn.orthogonal import orthogonalised
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
 from kfqn.step_size import (
     FIRST,
     LARGEST,

@@ -6,9 +6,7 @@ the layers really see in a step on random images.
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,9 +25,9 @@ from kfqn.curvature import (
 )
 from kfqn.kfac import invert
 from kfqn.layers import Layer
-from kfqn.optimizer import KroneckerOptimizer
 from kfqn.pairs import averaged_pairs
 from kfqn.race.entrants import ENTRANTS
+from kfqn.race.timing import medians
 from kfqn.rules import layers_of
 from kfqn.seen import Seen
 from kfqn.two_pass import TwoPassOptimizer
@@ -70,7 +68,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Sample:
     """What one layer sees in one step: its input, and (m, *g, I, |T|) the pre-activation and its gradient."""
 
     layer: Layer
@@ -121,90 +119,77 @@ def computation(
         step()  # the first step sets up the state
     iteration = medians(steps, repeats, wait)
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for n, sight in enumerate(sights(model, closure)):
+    for n, sample in enumerate(samples(model, closure)):
         calls = {
             f"{name} {phase}": call
             for name, optimizer in optimizers.items()
-            for phase, call in phases(optimizer, _own_layer(optimizer, models[name], n), sight).items()
+            for phase, call in phases(optimizer, _own_layer(optimizer, models[name], n), sample).items()
         }
         found = medians(calls, repeats, wait)
         for name, optimizer in optimizers.items():
             by_phase = {phase: found.get(f"{name} {phase}", 0.0) for phase in PHASES}
-            if isinstance(optimizer, kfqn.KFAC):  # amortised over T steps
+            if f"{name} inversion" in found:  # amortised over T steps
                 inversion = found[f"{name} inversion"] / optimizer.defaults["inverse_interval"]
                 by_phase |= {"curvature": by_phase["curvature"] + inversion, "inversion": inversion}
             seconds[name].append(by_phase)
-    for name, optimizer in optimizers.items():
-        if isinstance(optimizer, kfqn.KFAC):  # a median of whole steps never sees an inversion
-            iteration[name] += sum(layer["inversion"] for layer in seconds[name])
+    for name in names:  # a median of whole steps never sees an inversion
+        iteration[name] += sum(layer.get("inversion", 0.0) for layer in seconds[name])
     return [
         Cost(name, [], seconds[name], iteration[name], iteration[name] / iteration["sgd"]) for name in names
     ]
 
 
-def medians(
-    calls: Mapping[str, Callable[[], object]], repeats: int, wait: Callable[[], None]
-) -> dict[str, float]:
-    """The median seconds of each call, all of them in turn so that what disturbs one disturbs all."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(of) for name, of in times.items()}
-
-
 def _own_layer(optimizer: torch.optim.Optimizer, model: nn.Module, n: int) -> Layer:
     """The n-th layer of an optimizer's copy of the model."""
-    return (optimizer._layers if isinstance(optimizer, KroneckerOptimizer) else layers_of(model))[n]
+    layers: list[Layer] = getattr(optimizer, "_layers", None) or layers_of(model)
+    return layers[n]
 
 
-def sights(model: nn.Module, closure: Closure) -> list[Sight]:
+def samples(model: nn.Module, closure: Closure) -> list[Sample]:
     """What every layer sees when the closure runs."""
     layers = layers_of(model)
     watch = Watch(model, layers, Look(inputs=True, h=torch.clone, Dh=torch.clone))
     closure()
     seen = watch.take()
-    return [Sight(layer, seen[layer], seen[layer].h(), seen[layer].Dh()) for layer in layers if layer in seen]
+    return [
+        Sample(layer, seen[layer], seen[layer].h(), seen[layer].Dh()) for layer in layers if layer in seen
+    ]
 
 
-def shape(sight: Sight) -> Shape:
+def shape(sample: Sample) -> Shape:
     """The layer's sizes."""
-    I, J, *offsets = sight.layer.weight.shape  # noqa: E741
-    return Shape(sight.layer.name, I, J, math.prod(offsets), sight.h[0, 0].numel())
+    I, J, *offsets = sample.layer.weight.shape  # noqa: E741
+    return Shape(sample.layer.name, I, J, math.prod(offsets), sample.h[0, 0].numel())
 
 
-def phases(optimizer: torch.optim.Optimizer, layer: Layer, sight: Sight) -> dict[str, Callable[[], object]]:
+def phases(optimizer: torch.optim.Optimizer, layer: Layer, sample: Sample) -> dict[str, Callable[[], object]]:
     """The work of one iteration in one layer beyond its mini-batch gradient, phase by phase.
 
-    ``layer`` is the optimizer's own, of a copy of the model that ``sight`` is of.
+    ``layer`` is the optimizer's own, of a copy of the model that ``sample`` is of.
     """
     if isinstance(optimizer, TwoPassOptimizer):
         return {
-            "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_two_pass(optimizer, layer, sight),
+            "pass": lambda: second_pass_of(sample),
+            "curvature": lambda: _learn_two_pass(optimizer, layer, sample),
             "step": lambda: _move(optimizer, layer),
         }
     if isinstance(optimizer, kfqn.KFAC):
         return {
-            "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_kfac(optimizer, layer, sight),
+            "pass": lambda: second_pass_of(sample),
+            "curvature": lambda: _learn_kfac(optimizer, layer, sample),
             "inversion": lambda: invert(optimizer.state[layer.weight], optimizer.param_groups[0]),
             "step": lambda: _move(optimizer, layer),
         }
     return {"step": lambda: _step_alone(optimizer, layer)}
 
 
-def second_pass_of(sight: Sight) -> None:
+def second_pass_of(sample: Sample) -> None:
     """The layer's part of a pass without weight gradients."""
-    a = sight.seen.input(sight.seen.uses[0]).requires_grad_(True)
-    parameters = sight.layer.parameters()
+    a = sample.seen.input(sample.seen.uses[0]).requires_grad_(True)
+    parameters = sample.layer.parameters()
     for p in parameters:
         p.requires_grad_(False)
-    sight.layer.preactivation(sight.layer.modules[0](a)).backward(sight.gradient)
+    sample.layer.preactivation(sample.layer.modules[0](a)).backward(sample.gradient)
     a.grad = None
     a.requires_grad_(False)
     for p in parameters:
@@ -212,19 +197,19 @@ def second_pass_of(sight: Sight) -> None:
 
 
 @torch.no_grad()
-def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
+def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sample: Sample) -> None:
     states, (group,) = [optimizer.state[layer.weight]], optimizer.param_groups[:1]
-    h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    a = sight.seen.input(sight.seen.uses[0])
+    h, Dh = mean_preactivation(sample.h), mean_preactivation_gradient(sample.gradient)
+    a = sample.seen.input(sample.seen.uses[0])
     s = optimizer._probe(mean_activation(optimizer._inputs(layer), a), *states)
     optimizer._learn_A([s], [optimizer._answer(layer, a, s)], states, group)
     optimizer._learn_G(*averaged_pairs([h], [Dh], states, group), states, group)
 
 
 @torch.no_grad()
-def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
-    optimizer._take_in("Omega", {layer: second_moment(layer.inputs, sight.seen.input(sight.seen.uses[0]))})
-    optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sight.gradient)})
+def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sample: Sample) -> None:
+    optimizer._take_in("Omega", {layer: second_moment(layer.inputs, sample.seen.input(sample.seen.uses[0]))})
+    optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sample.gradient)})
 
 
 @torch.no_grad()
