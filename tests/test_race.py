@@ -27,12 +27,23 @@ from kfqn.race.runs.train import train
 from kfqn.race.runs.trainer import Trainer
 
 
-def test_a_race_from_the_command_line(tmp_path):
-    result = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    for label in ("KF-BFGS (", "KF-BFGS(L) (", "KFAC (", "SGD-m (", "Adam ("):
-        assert label in result.stdout
-    assert "was first at the common target" in result.stdout
+def test_a_race_from_the_command_line_and_two_commands_share_it(tmp_path):
+    race = ["race", *TINY, "--seeds", 2, "--out", tmp_path]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kfqn", *map(str, race), "--jobs", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        output, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        for label in ("KF-BFGS (", "KF-BFGS(L) (", "KFAC (", "SGD-m (", "Adam ("):
+            assert label in output
+        assert "was first at the common target" in output
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "race.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in html
@@ -42,7 +53,8 @@ def test_a_race_from_the_command_line(tmp_path):
 
     before = {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
     assert len(before) == 12
-    again = here("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
+    assert [Run(path.parent).end()["status"] for path in before] == ["finished"] * 12
+    again = here(*race, "--jobs", 2)
     assert "12 of 12 runs are done already" in again.stdout
     assert before == {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
 
@@ -78,33 +90,6 @@ def test_a_run_that_diverges_is_a_result_and_is_shown(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1 diverged" in result.stdout
     assert "is not finite" in (tmp_path / "race.html").read_text(encoding="utf-8")
-
-
-def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
-    arguments = [
-        "race",
-        "--optimizers",
-        "kfbfgs:lr=1,damping=1",
-        "--seeds",
-        1,
-        *TINY,
-        "--jobs",
-        2,
-        "--out",
-        tmp_path,
-    ]
-    run = Run.create(tmp_path / "runs", config(epochs=2))
-    torch.save({"model": {}}, run.checkpoint)  # whole, but of something else
-    train(run, None)
-    assert run.end()["status"] == "failed"
-    assert "Traceback" in run.end()["traceback"]
-    result = kfqn(*arguments)
-    assert result.returncode == 1
-    assert f"cannot go on from {run.checkpoint} (" in result.stdout
-    assert "delete it to start the run anew" in result.stdout
-    run.checkpoint.unlink()
-    assert here(*arguments).returncode == 0
-    assert run.end()["status"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -274,17 +259,6 @@ def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkey
     assert run.end()["status"] == "finished"
 
 
-def test_two_commands_share_one_race(tmp_path):
-    field = ["--optimizers", "kfbfgs:auto", "adam", "sgd", "--seeds", "2", "--jobs", "1"]
-    command = [sys.executable, "-m", "kfqn", "race", *field, *TINY, "--out", str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    ends = [Run(folder).end() for folder in (tmp_path / "runs").iterdir()]
-    assert [end["status"] for end in ends] == ["finished"] * 6
-    assert all("was first at the common target" in output for output in outputs)
-
-
 def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
     def kill():
         for child in multiprocessing.active_children():
@@ -408,7 +382,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     one_line(
         here("sweep", "--save", tmp_path / "file"), "file is no sweep file, or damaged", "choose another"
     )
-    one_line(kfqn("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
+    one_line(here("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
@@ -454,15 +428,14 @@ def test_two_processes_race_as_one_does(tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-def test_torchrun_starts_a_race_with_a_number_of_processes_that_divides_the_batch(tmp_path):
+def test_torchrun_starts_a_race_with_a_number_of_processes_that_divides_the_batch(tmp_path, monkeypatch):
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0"}
-    for arguments, size, part in (
-        (["sweep", "--out", tmp_path], "2", "torchrun can start a race, not a sweep"),
-        (["race", "--out", tmp_path], "3", "a batch of 256 cannot be shared by 3 processes"),
-    ):
-        result = kfqn(*arguments, env=os.environ | alone | {"WORLD_SIZE": size})
-        one_line(result, part)
-        assert not [*tmp_path.iterdir()]
+    result = kfqn("sweep", "--out", tmp_path, env=os.environ | alone | {"WORLD_SIZE": "2"})
+    one_line(result, "torchrun can start a race, not a sweep")
+    for key, value in (alone | {"WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(key, value)
+    one_line(here("race", "--out", tmp_path), "a batch of 256 cannot be shared by 3 processes")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_records_and_report_tell_what_the_factors_did(tmp_path):

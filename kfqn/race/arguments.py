@@ -60,7 +60,7 @@ def settings_of(entrant: Entrant, text: str) -> Settings:
     pairs = [_pair(item) for item in text.split(",")]
     given = [key for key, _, _ in pairs]
     known = (*entrant.settings, *OF_TRAINER)
-    if len({*given}) < len(given) or not {*entrant.tuned} <= {*given} <= {*known}:
+    if len({*given}) < len(given) or not {*entrant.required} <= {*given} <= {*known}:
         wrong = next((key for key in given if key not in known), "")
         raise ArgumentTypeError(f"{_takes(entrant)}, got {text!r}{did_you_mean(wrong, known)}")
     words = {
@@ -70,7 +70,7 @@ def settings_of(entrant: Entrant, text: str) -> Settings:
         numbers = {key: float(value) for key, _, value in pairs if key not in words}
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not of the form key=number,key=number") from None
-    if not all(math.isfinite(v) and (v > 0 or key not in entrant.tuned) for key, v in numbers.items()):
+    if not all(math.isfinite(v) and (v > 0 or key not in entrant.required) for key, v in numbers.items()):
         raise ArgumentTypeError(f"settings must be > 0 and finite, got {text!r}")
     settings: Settings = numbers | words
     return {key: settings[key] for key in known if key in settings}
@@ -79,13 +79,13 @@ def settings_of(entrant: Entrant, text: str) -> Settings:
 def _takes(entrant: Entrant) -> str:
     """What an entrant can be set to: "adam takes lr=...,eps=... and, if you like, beta2=..."."""
     words = [f"{key}={'|'.join(allowed)}" for key, allowed in entrant.choices.items()]
-    tuned = ",".join(f"{key}=..." for key in entrant.tuned)
+    required = ",".join(f"{key}=..." for key in entrant.required)
     options = ",".join(
         [*(f"{key}=..." for key in entrant.options), *words, *(f"{key}=..." for key in OF_TRAINER)]
     )
     return (
-        f"{entrant.name} takes {tuned} and, if you like, {options}"
-        if tuned
+        f"{entrant.name} takes {required} and, if you like, {options}"
+        if required
         else f"{entrant.name} takes only {options}"
     )
 

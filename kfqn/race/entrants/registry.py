@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class Entrant:
     """``build`` makes the optimizer from a model, settings and weight decay.
 
-    ``tuned`` names the settings that must be given, ``options`` those that may be: numbers. ``choices`` are
-    options as well, each one of some words: {"direction": ("plain", "orthogonal")}. An ``automatic`` one
-    needs none, and starts from its first mini-batch, as the optimizer does by default.
+    ``required`` names the settings that must be given, ``options`` those that may be; both are numbers.
+    ``choices`` are options as well, each one of some words: {"direction": ("plain", "orthogonal")}. An
+    ``automatic`` one needs none, and starts from its first mini-batch, as the optimizer does by default.
     """
 
     name: str
     label: str
     build: Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]
-    tuned: tuple[str, ...]
+    required: tuple[str, ...]
     options: tuple[str, ...] = ()
     automatic: bool = False
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Entrant:
     @property
     def settings(self) -> tuple[str, ...]:
         """All that it takes, what must be given first."""
-        return (*self.tuned, *self.options, *self.choices)
+        return (*self.required, *self.options, *self.choices)
 
 
 OF_TRAINER = ("cosine", "averaged")  # settings of any optimizer, which the trainer and not it takes

@@ -28,6 +28,6 @@ def best_settings(problem: str, entrant: str, sweep: Path) -> tuple[Settings, st
         return {}, "the defaults of its class"
     raise Failure(
         f"no settings are known for {entrant} on {problem}: give them, as in --optimizers "
-        f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].tuned)}, or run 'kfqn sweep "
+        f"{entrant}:{','.join(f'{key}=...' for key in ENTRANTS[entrant].required)}, or run 'kfqn sweep "
         f"--problem {problem}' with the same --out first."
     )

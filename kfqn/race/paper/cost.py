@@ -80,7 +80,7 @@ class Sample:
 def build(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer with settings that do no harm."""
     entrant = ENTRANTS[name]
-    return entrant.build(model, {key: SETTINGS[key] for key in entrant.tuned}, 0.0)
+    return entrant.build(model, {key: SETTINGS[key] for key in entrant.required}, 0.0)
 
 
 def storage(model: nn.Module, names: Sequence[str], closure: Closure) -> list[Cost]:

@@ -184,4 +184,4 @@ def best_values(options: PaperOptions) -> int:
 
 
 def _values(name: str, settings: Settings) -> str:
-    return "(" + ", ".join(f"{settings[key]:g}" for key in ENTRANTS[name].tuned) + ")"
+    return "(" + ", ".join(f"{settings[key]:g}" for key in ENTRANTS[name].required) + ")"
