@@ -4,10 +4,12 @@ import functools
 import json
 
 import pytest
+import torch
 from lab import TINY, config, here, one_line
 
 from kfqn.race.entrants import ENTRANTS, Entrant, peers
 from kfqn.race.runs import Run
+from kfqn.race.runs.trainer import Trainer
 
 
 @pytest.fixture
@@ -80,3 +82,34 @@ def test_folders_of_runs_keep_their_names():
     assert digits(entrant="kfbfgs:auto", settings={}).identity == "kfbfgs-auto-seed0-345062b2"
     assert digits(entrant="adam", settings=adam).identity == "adam-lr0.008-eps1e-08-seed0-a58707a1"
     assert digits(entrant="kfac", settings=kfac).identity == "kfac-lr3-damping1-seed0-f0e4fb70"
+
+
+class Offering(torch.optim.SGD):
+    """No class of kfqn, but it offers what ours do."""
+
+    def warm_start(self, batches):
+        self.started = [closure().item() for closure in batches]
+
+    def step(self, closure=None):
+        loss = closure()
+        super().step()
+        return loss
+
+    def diagnostics(self):
+        return {"": {"refused": 0}, "layer": {"steps": len(self.started)}}
+
+
+def test_an_optimizer_is_asked_what_it_offers_and_not_which_class_it_is(monkeypatch, tmp_path):
+    def build(model, settings, weight_decay):
+        return Offering(model.parameters(), lr=settings["lr"])
+
+    monkeypatch.setitem(ENTRANTS, "offering", Entrant("offering", "Offering", build, ("lr",)))
+    run = Run.create(tmp_path, config(entrant="offering", settings={"lr": 0.05}, epochs=1))
+    trainer = Trainer(run, None)
+    assert trainer.needs_closure
+    trainer.train()
+    assert len(trainer.optimizer.started) == trainer.steps == 2  # one epoch, before the clock runs
+    assert run.end()["warm_start_seconds"] > 0
+    assert run.epochs()[0]["diagnostics"]["layer"] == {"steps": 2}
+    plain = Run.create(tmp_path, config(entrant="sgd", settings={"lr": 0.05}, epochs=1))
+    assert not Trainer(plain, None).needs_closure
