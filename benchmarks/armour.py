@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 import kfqn
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
-from kfqn.race.train import conditions_of
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
+from kfqn.race.runs.conditions import conditions_of
 
 METHODS = {"kfbfgs": kfqn.KFBFGS, "kflbfgs": kfqn.KFLBFGS}
 

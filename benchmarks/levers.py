@@ -23,7 +23,7 @@ from kfqn.formulas.orthogonal import orthogonalised
 from kfqn.formulas.secant import bfgs_update_
 from kfqn.formulas.statistics import mean_activation, mean_preactivation, second_moment_matvec
 from kfqn.parameters.discovery import layers_of
-from kfqn.race.train import conditions_of
+from kfqn.race.runs.conditions import conditions_of
 
 ROUNDS = 9
 

@@ -17,9 +17,9 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.race import peers
-from kfqn.race.data import Dataset
+from kfqn.race.entrants import peers
 from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems.data import Dataset
 
 IMAGES = 2560
 RATES: dict[str, tuple[float, ...]] = {

@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from kfqn.race.entrants import ENTRANTS, entrant_of
-from kfqn.race.figure import COLORS
-from kfqn.race.grids import SETTINGS
+from kfqn.race.entrants.grids import SETTINGS
 from kfqn.race.problems import PROBLEMS
-from kfqn.race.runs import Run, atomic_path
+from kfqn.race.report.figure import COLORS
+from kfqn.race.runs import Run
+from kfqn.race.runs.files import atomic_path
 
 LOST = 1.06  # where crosses are drawn, as a share of the panel's height
 

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.steps.cadence import gap
-from kfqn.race import peers
+from kfqn.race.entrants import peers
 from kfqn.race.failure import Failure
-from kfqn.race.models import all_cnn_c, vgg16
-from kfqn.race.resnet import resnet20
-from kfqn.race.train import conditions_of
+from kfqn.race.problems.models import all_cnn_c, vgg16
+from kfqn.race.problems.resnet import resnet20
+from kfqn.race.runs.conditions import conditions_of
+from kfqn.steps.cadence import gap
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 Method = Callable[..., torch.optim.Optimizer]

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import kfqn
-from kfqn.race.data import digits
-from kfqn.race.runs import atomic_path
+from kfqn.race.problems.data import digits
+from kfqn.race.runs.files import atomic_path
 
 EXPONENTS = (0.55, 0.7, 0.85)  # β of α_k = c k^(−β), in (0.5, 1)
 BATCH = 64

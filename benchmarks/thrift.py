@@ -24,7 +24,7 @@ import kfqn
 from kfqn.formulas.statistics import mean_preactivation
 from kfqn.passes.recorder import Look
 from kfqn.race.problems import PROBLEMS, Problem
-from kfqn.race.train import conditions_of
+from kfqn.race.runs.conditions import conditions_of
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from kfqn.race.entrants import entrant_of
+from kfqn.race.report.results import RACE, Result, common_target
 from kfqn.race.runs import Run
-from kfqn.race.summary import RACE, Standing, common_target
 
 ON_CPU = replace(RACE, time="cpu_seconds", time_label="CPU time, s", second="CPU s")
 
 
-def standings(folder: Path) -> list[Standing]:
+def results(folder: Path) -> list[Result]:
     """The runs of a race that have ended, by optimizer and settings."""
     found: dict[str, list[Run]] = {}
     for place in sorted((folder / "runs").iterdir()):
@@ -33,20 +33,20 @@ def standings(folder: Path) -> list[Standing]:
         if run.end() is not None:
             found.setdefault(f"{run.config.entrant} {run.config.settings}", []).append(run)
     on_cpu = all(run.config.device == "cpu" for runs in found.values() for run in runs)
-    return [Standing(runs, ON_CPU if on_cpu else RACE) for runs in found.values()]
+    return [Result(runs, ON_CPU if on_cpu else RACE) for runs in found.values()]
 
 
-def is_automatic(standing: Standing) -> bool:
+def is_automatic(standing: Result) -> bool:
     return entrant_of(standing.config.entrant).automatic
 
 
-def target_of(field: Sequence[Standing]) -> tuple[float, str]:
+def target_of(field: Sequence[Result]) -> tuple[float, str]:
     """The loss to get to, and whose it is."""
     of_sgd = [s.lowest for s in field if s.config.entrant == "sgd" and math.isfinite(s.lowest)]
     return (min(of_sgd), "SGD-m's") if of_sgd else (common_target(field), "the common one")
 
 
-def test_error_at(standing: Standing, time: float) -> str:
+def test_error_at(standing: Result, time: float) -> str:
     """Mean and standard error over the seeds at the end of the last epoch that ended by then."""
     key = standing.measure.time
     errors = [[r["test_error"] for r in run if r[key] <= time] for run in standing.epochs]
@@ -62,7 +62,7 @@ def finite(value: float, form: str = ".2f") -> str:
     return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
-def table(field: Sequence[Standing]) -> list[str]:
+def table(field: Sequence[Result]) -> list[str]:
     """Lines of Markdown, the lowest loss first."""
     target, whose = target_of(field)
     finished = [s for s in field if s.epochs]
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     for folder in parser.parse_args().folders:
-        field = standings(folder)
+        field = results(folder)
         print(f"\n{folder.name}\n", *table(field), "", sep="\n")
         untuned = [s for s in field if is_automatic(s)]
         for standing in field:

@@ -143,7 +143,7 @@ def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, 
     judged = flight.judged
     for group in groups.own():
         note(group, k=group["progress"]["k"] + bool(layers))
-    _keep_averages(training, [layer for layer in layers if training.states.owns(layer)])
+    keep_averages(training, [layer for layer in layers if training.states.owns(layer)])
     shares = {layer: share for plan in flight.plans.values() for layer, share in plan.shares.items()}
     rates = training.rates()
     for layer, own in proposals.items():
@@ -174,7 +174,7 @@ def step_of_fallback(training: Training, raises: bool) -> None:
             fallback.step()
 
 
-def _keep_averages(training: Training, layers: Sequence[Layer]) -> None:
+def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
     """Average the gradients into every D̂W that is kept, before W moves (line 7)."""
     for place, parts in training.chosen.items():
         group = training.groups.param_groups[place]

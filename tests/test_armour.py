@@ -13,9 +13,9 @@ from torch import nn
 
 import kfqn
 from kfqn import first_pass
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
 
 REFUSED = "ignore:.*the step was refused and nothing was changed:RuntimeWarning"
 ANEW = "ignore:.*start anew:RuntimeWarning"

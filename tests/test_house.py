@@ -84,6 +84,65 @@ def test_every_module_has_its_place():
     assert modules == {*ORDER, "race", "__main__"}
 
 
+# The lab: what stands for a folder is its ``__init__``, which names what others need of it.
+RACE_ORDER = [
+    *("failure", "cores", "process_group", "timing"),
+    *(f"problems.{name}" for name in ("data", "cifar", "models", "resnet", "registry")),
+    "problems",
+    *(
+        f"entrants.{name}"
+        for name in ("settings", "grids", "peers", "ours", "registry", "sweep_file", "tuned")
+    ),
+    "entrants",
+    *("options", "arguments", "parser"),
+    *(f"runs.{name}" for name in ("files", "config", "run", "plan", "conditions", "averaging", "checkpoint")),
+    *(f"runs.{name}" for name in ("trainer", "warm_up", "train", "workers")),
+    "runs",
+    *(f"report.{name}" for name in ("results", "table", "sentences", "figure", "page", "live_view")),
+    "report",
+    *("sweep", "session", "commands"),
+    *(f"paper.{name}" for name in ("cost", "experiment", "figures", "tables")),
+    "paper",
+    "cli",
+]
+
+
+def race_modules(path):
+    """What a file imports of the lab, as it is called in the order."""
+    places = {f"kfqn.race.{name}": name for name in RACE_ORDER}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kfqn.race"):
+            for alias in node.names:
+                yield places.get(f"{node.module}.{alias.name}") or places[node.module]
+
+
+@pytest.mark.parametrize("name", RACE_ORDER)
+def test_imports_of_the_lab_point_one_way(name):
+    path = (ROOT / "kfqn" / "race").joinpath(*name.split("."))
+    for imported in race_modules(path / "__init__.py" if path.is_dir() else path.with_suffix(".py")):
+        assert imported in RACE_ORDER[: RACE_ORDER.index(name)], f"{name} imports {imported}"
+
+
+def test_every_module_of_the_lab_has_its_place_and_fits_the_eye():
+    found = [p for p in SOURCES if "race" in p.parts and p.parent.name + p.name != "race__init__.py"]
+    names = {".".join(p.with_suffix("").parts[p.parts.index("race") + 1 :]) for p in found}
+    assert {name.removesuffix(".__init__") for name in names} == {*RACE_ORDER}
+    for path in found:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 40, f"{path}: {node.name}"
+
+
+def test_the_lab_knows_no_class_of_optimizer():
+    """It asks an optimizer what it offers; what a step costs inside, `paper.cost` alone has to know."""
+    public = {"", "__version__", "closures", "race"}
+    for path in SOURCES:
+        if "race" in path.parts and path.parts[-2:] != ("paper", "cost.py"):
+            assert {"".join(name.split(".")[1:2]) for name in imports(path)} <= public, path
+
+
 def resolve(path):
     parts = path.split(".")
     for split in range(len(parts), 0, -1):

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
 from kfqn import update
-from kfqn.race.models import all_cnn_c, vgg16
-from kfqn.race.resnet import resnet20
+from kfqn.race.problems.models import all_cnn_c, vgg16
+from kfqn.race.problems.resnet import resnet20
 from kfqn.steps.parabola import Search
 
 # Steps with a second pass, with one that an automatic step asks for its loss alone, and with none.

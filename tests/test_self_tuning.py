@@ -13,9 +13,9 @@ from torch import nn
 import kfqn
 from kfqn.curvature.secants import learn_G
 from kfqn.formulas.orthogonal import orthogonalised
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
 from kfqn.steps.parabola import (
     FIRST,
     LARGEST,

@@ -112,13 +112,13 @@ class Fisher(Curvature):
             training.warn("step() without a closure of kfqn.closure learns nothing about curvature.")
             return
         with full_precision(training.groups.layers):
-            _take_in(training, "Omega", {layer: _Omega(record) for layer, record in records.items()})
+            take_in(training, "Omega", {layer: _Omega(record) for layer, record in records.items()})
         for record in records.values():
             record.let_go()
         average_weights(training, records)
         sampled = self._sampled_pass(training, closure, training.context.rewind, inputs=False)  # line 10
         with full_precision(training.groups.layers):
-            _take_in(training, "Gamma", {layer: sampled[layer].Dh() for layer in records if layer in sampled})
+            take_in(training, "Gamma", {layer: sampled[layer].Dh() for layer in records if layer in sampled})
             _invert(training)
 
     def _sampled_pass(self, training: Training, closure: Any, rewind: Rewind, *, inputs: bool) -> Records:
@@ -139,7 +139,7 @@ def _Omega(record: LayerRecord) -> Tensor:
     return record.sum(lambda call: second_moment(record.layer.inputs, record.input(call)))
 
 
-def _take_in(training: Training, name: str, own: dict[Layer, Tensor]) -> None:
+def take_in(training: Training, name: str, own: dict[Layer, Tensor]) -> None:
     """Line 12: average a second moment over processes and steps; one that is not finite is left out."""
     for layer in training.groups.layers:
         shapes = {name: training.curvature.moment_shapes(training, layer)[name]}

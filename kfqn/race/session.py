@@ -1,6 +1,5 @@
 """What every command that trains does: from options to a scale, and from a field to finished runs."""
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +9,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from kfqn.race import processes, sweep
-from kfqn.race.cifar import Cifar
-from kfqn.race.cores import cores, threads_told
-from kfqn.race.entrants import check_settings
+from kfqn.race import process_group, sweep
+from kfqn.race.cores import available_cores, requested_threads
+from kfqn.race.entrants.registry import check_settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import SETTINGS
-from kfqn.race.plan import Field, Scale, Search, configs
+from kfqn.race.options import Training, Tuning
 from kfqn.race.problems import DEFAULT_DATA, Problem
-from kfqn.race.runs import Run, check_writable
-from kfqn.race.watch import live_view
-from kfqn.race.workers import do
+from kfqn.race.problems.cifar import Cifar
+from kfqn.race.report.live_view import live_view
+from kfqn.race.runs.files import check_writable
+from kfqn.race.runs.plan import Field, Scale, Search, configs
+from kfqn.race.runs.run import Run
+from kfqn.race.runs.workers import run_all
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where one command works: the folder of its runs, that of the images, the terminal."""
+class Session:
+    """One command at work: the folder of its runs, that of the images, the terminal."""
 
     out: Path
     data_dir: Path | None
@@ -53,9 +53,9 @@ class Workshop:
             self.console.print(
                 f"{known} of {len(runs)} runs are done already; delete {self.out} to repeat them."
             )
-        processes.of_the_first(None)  # every process has seen how things stand
+        process_group.from_rank_0(None)  # every process has seen how things stand
         with live_view(runs, self.console, by) as update:
-            do(runs, scale.jobs, self.data_dir, update)
+            run_all(runs, scale.jobs, self.data_dir, update)
         return runs
 
     def tune(
@@ -63,20 +63,20 @@ class Workshop:
     ) -> tuple[dict[str, sweep.Entry], list[Run]]:
         """Sweep the points of some optimizers on a problem: the entries of a sweep file, and all the runs."""
 
-        def run_field(left: Field, length: Scale) -> list[Run]:
-            return self.run(problem, left, search.seeds, length, search.by)
+        def run_field(promoted: Field, length: Scale) -> list[Run]:
+            return self.run(problem, promoted, search.seeds, length, search.by)
 
         return sweep.sweep(field, scale, search, run_field)
 
 
-def open_workshop(options: argparse.Namespace, problems: Sequence[Problem], out: Path) -> Workshop:
+def open_session(training: Training, problems: Sequence[Problem], out: Path) -> Session:
     """Ready to train on these problems, their images at hand; Failure if those are not there or too few."""
     console = terminal()
-    folder = data_folder(options.data_dir, problems, console)
-    if options.data_dir is not None or options.train_size is not None:
+    folder = data_folder(training.data_dir, problems, console)
+    if training.data_dir is not None or training.train_size is not None:
         for problem in {problem.source: problem for problem in reversed(problems)}.values():
-            check_size(options.train_size, problem, folder)
-    return Workshop(out, folder, console)
+            check_size(training.train_size, problem, folder)
+    return Session(out, folder, console)
 
 
 def check_size(train_size: int | None, problem: Problem, folder: Path | None) -> None:
@@ -91,34 +91,39 @@ def check_size(train_size: int | None, problem: Problem, folder: Path | None) ->
 
 def terminal() -> Console:
     """Where to print; a file has no edge to fold at."""
-    console = Console(quiet=processes.rank() > 0)
+    console = Console(quiet=process_group.rank() > 0)
     if not console.is_terminal:
         console.width = 160
     return console
 
 
-def scale_of(options: argparse.Namespace, problem: Problem) -> Scale:
+def scale_of(training: Training, problem: Problem) -> Scale:
     """The scale that the options ask for; Failure if the device is not there or the images are too few."""
-    if options.train_size is not None and options.train_size < problem.batch_size:
+    if training.train_size is not None and training.train_size < problem.batch_size:
         raise Failure(
-            f"--train-size must be at least one batch, {problem.batch_size} here, got {options.train_size}."
+            f"--train-size must be at least one batch, {problem.batch_size} here, got {training.train_size}."
         )
-    check_device(options.device)
-    if problem.batch_size % processes.count():
+    check_device(training.device)
+    if problem.batch_size % process_group.size():
         raise Failure(
-            f"a batch of {problem.batch_size} cannot be shared by {processes.count()} processes: start as "
+            f"a batch of {problem.batch_size} cannot be shared by {process_group.size()} processes: start as "
             "many as divide it, with torchrun --nproc-per-node."
         )
-    unlimited = options.epochs is None and options.budget is None
+    unlimited = training.epochs is None and training.budget is None
     return Scale(
-        epochs=problem.epochs if unlimited else options.epochs,
-        budget=options.budget,
-        width=options.width,
-        train_size=options.train_size,
-        evaluated=options.eval_size,
-        device=options.device,
-        jobs=options.jobs or (1 if options.device != "cpu" else max(1, cores() // (threads_told() or 1))),
+        epochs=problem.epochs if unlimited else training.epochs,
+        budget=training.budget,
+        width=training.width,
+        train_size=training.train_size,
+        evaluated=training.eval_size,
+        device=training.device,
+        jobs=training.jobs or _jobs(training.device),
     )
+
+
+def _jobs(device: str) -> int:
+    """As many as the cores have room for; on a GPU one."""
+    return max(1, available_cores() // (requested_threads() or 1)) if device == "cpu" else 1
 
 
 def check_device(device: str) -> None:
@@ -131,15 +136,14 @@ def check_device(device: str) -> None:
             raise Failure(f"--device {device} cannot be used ({reason}): leave it out for the CPU.") from None
 
 
-def search_of(options: argparse.Namespace, scale: Scale, by: str, seeds: int = 1) -> Search:
+def search_of(tuning: Tuning, scale: Scale, by: str, seeds: int = 1) -> Search:
     """The search that the options ask for; Failure if it is to be halved and is too short for that."""
-    if options.halving and (scale.epochs or math.inf) < sweep.STEP**2:
+    if tuning.halving and (scale.epochs or math.inf) < sweep.STEP**2:
         raise Failure(
             "--halving starts with a ninth of the length, so --epochs must be at least "
             f"{sweep.STEP**2}: give more, or leave --halving out."
         )
-    thinned = SETTINGS if options.coarse == [] else tuple(options.coarse or ())
-    return Search(by=by, halving=options.halving, thinned=thinned, points=options.points, seeds=seeds)
+    return Search(by, tuning.halving, tuning.coarse, tuning.max_points, seeds)
 
 
 def data_folder(given: Path | None, problems: Sequence[Problem], console: Console) -> Path | None:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kfqn.race.data import Dataset, Images
 from kfqn.race.failure import Failure
+from kfqn.race.problems.data import Dataset, Images
 
 HOME = "https://www.cs.toronto.edu/~kriz"
 IMAGE = 3 * 32 * 32  # bytes

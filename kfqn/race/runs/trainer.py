@@ -9,17 +9,12 @@ warm start, which is stated by itself.
 """
 
 import contextlib
-import datetime
 import functools
 import inspect
 import itertools
 import math
-import platform
-import subprocess
 import time
-import traceback
-import warnings
-import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,56 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import AveragedModel
 
 import kfqn
 from kfqn.closures import Closure
-from kfqn.optimizer import KroneckerOptimizer
-from kfqn.race import processes
-from kfqn.race.data import Dataset, Images
-from kfqn.race.entrants import entrant_of, of_optimizer
-from kfqn.race.failure import Failure
+from kfqn.race import process_group
+from kfqn.race.entrants.registry import entrant_of, of_optimizer
 from kfqn.race.problems import PROBLEMS, Problem
-from kfqn.race.runs import Record, Run, atomic_path
+from kfqn.race.problems.data import Dataset, Images
+from kfqn.race.runs import checkpoint
+from kfqn.race.runs.averaging import polynomial_average
+from kfqn.race.runs.conditions import conditions_of
+from kfqn.race.runs.run import Record, Run
 
 LOSS_DECAY = 0.9
 CHECKPOINT_SECONDS = 20.0  # of work that a kill may cost
 PROGRESS_SECONDS = 0.5
-
-
-def train(run: Run, data_dir: Path | None) -> None:
-    """Do a run from where it stands to its end; what goes wrong in it becomes its last record.
-
-    One of several processes then also ends, so that the others do not wait for it.
-    """
-    try:
-        warm_up(run, data_dir)
-        Trainer(run, data_dir).train()
-    except Exception as error:
-        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
-        run.write(
-            [*run.epochs(), {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}]
-        )
-        if processes.count() > 1:
-            raise
-
-
-_WARM: set[tuple[object, ...]] = set()  # kinds of runs that this process has done
-
-
-def warm_up(run: Run, data_dir: Path | None) -> None:
-    """Two steps of a trainer that is thrown away, if this process has not trained the like before.
-
-    Imports at first use, kernels and thread pools are then ready before a clock runs: the first run of a
-    process has no more to pay than the others.
-    """
-    config = run.config
-    kind = (config.entrant, config.problem, config.width, config.batch_size, config.device, config.threads)
-    if kind not in _WARM:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say is said of the run itself
-            Trainer(run, data_dir).rehearse(2)
-        _WARM.add(kind)
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,19 +55,16 @@ class Trainer:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
-        self.device = torch.device(processes.place(config.device))
+        self.device = torch.device(process_group.local_device(config.device))
         self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
         self.model = problem.network(config.width).to(self.device)
-        self.trained = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
+        self.trained = DistributedDataParallel(self.model) if process_group.size() > 1 else self.model
         power = config.settings.get("averaged", 0.0)
-        self.averaged = averaged_model(self.model, power) if power else None
+        self.averaged_model = polynomial_average(self.model, power) if power else None
         self.optimizer = entrant.build(self.trained, of_optimizer(config.settings), config.weight_decay)
         ends = config.epochs * self.steps if config.epochs and config.settings.get("cosine") else None
         self.schedule = CosineAnnealingLR(self.optimizer, ends) if ends else None
-        takes = inspect.signature(self.optimizer.step).parameters
-        self.needs_closure = isinstance(self.optimizer, KroneckerOptimizer) or any(
-            parameter.default is parameter.empty for parameter in takes.values()
-        )
+        self.needs_closure = needs_closure(self.optimizer)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average: Tensor | None = None
         self.records: list[Record] = []
@@ -127,16 +84,17 @@ class Trainer:
 
     def train(self) -> None:
         """Every epoch that is left, then the record of the end."""
-        saved = self.saved()
+        plain = type(self.optimizer).__module__.split(".")[0] in ("torch", "kfqn")
+        saved = checkpoint.read(self.run.checkpoint, plain=plain)
         if saved is not None:
             self.load(saved)
-        elif isinstance(self.optimizer, KroneckerOptimizer):
-            self.warm_start(self.optimizer)
+        elif hasattr(self.optimizer, "warm_start"):
+            self.warm_start(self.optimizer.warm_start)
         self.write(self.records)
         while not self.done:
             epoch = len(self.records) + 1
             self.train_epoch(epoch)
-            record = processes.of_the_first(self.evaluate(epoch))
+            record = process_group.from_rank_0(self.evaluate(epoch))
             self.seconds, self.cpu_seconds = record["seconds"], record["cpu_seconds"]
             if not math.isfinite(record["train_loss"] + record["average_loss"]):
                 self.finish(
@@ -164,15 +122,15 @@ class Trainer:
         """Write the last record; nothing is left to resume."""
         facts = {"warm_start_seconds": self.warm_start_seconds, "conditions": self.conditions}
         self.write([*self.records, end | facts])
-        if processes.rank() == 0:
+        if process_group.rank() == 0:
             self.run.checkpoint.unlink(missing_ok=True)
 
     def write(self, records: list[Record]) -> None:
         """Replace the records; of several processes the first does."""
-        if processes.rank() == 0:
+        if process_group.rank() == 0:
             self.run.write(records)
 
-    def warm_start(self, optimizer: KroneckerOptimizer) -> None:
+    def warm_start(self, start_from: Callable[[Iterable[Closure]], None]) -> None:
         """Start from one epoch of augmented batches, as the authors did: those of the first epoch.
 
         With the setting ``warm`` from so many of them; with 0 the first step starts by itself, timed.
@@ -184,7 +142,7 @@ class Trainer:
         start = time.perf_counter()
         batches = self.data.training_batches(self.config.batch_size, generator)
         first = itertools.islice(batches, None if few is None else int(few))
-        optimizer.warm_start(self.closure(x, y) for x, y in first)
+        start_from(self.closure(x, y) for x, y in first)
         self.warm_start_seconds = time.perf_counter() - start
 
     def train_epoch(self, epoch: int) -> None:
@@ -210,22 +168,20 @@ class Trainer:
             self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-        return processes.mean(torch.as_tensor(loss).detach())
+        if self.averaged_model is not None:
+            self.averaged_model.update_parameters(self.model)
+        return process_group.mean(torch.as_tensor(loss).detach())
 
     def closure(self, x: Tensor, y: Tensor) -> Closure:
         """The closure of a batch, or of this process's share of it."""
-        share = slice(processes.rank(), None, processes.count())
+        share = slice(process_group.rank(), None, process_group.size())
         return kfqn.closure(self.trained, x[share], y[share], F.cross_entropy)
 
     def evaluate(self, epoch: int) -> Record:
         """The record of a finished epoch."""
         assert self.average is not None
-        averaged = (
-            self.optimizer.averaged if isinstance(self.optimizer, kfqn.KFAC) else contextlib.nullcontext
-        )
-        model = self.model if self.averaged is None else self.averaged.module
+        averaged = getattr(self.optimizer, "averaged", contextlib.nullcontext)  # weights, while inside
+        model = self.model if self.averaged_model is None else self.averaged_model.module
         with averaged():
             train_loss, _ = self.loss_and_error(model, self.read[0])
             test_loss, test_error = self.loss_and_error(model, self.read[1])
@@ -238,7 +194,7 @@ class Trainer:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
-        if isinstance(self.optimizer, KroneckerOptimizer):
+        if hasattr(self.optimizer, "diagnostics"):
             record["diagnostics"] = self.optimizer.diagnostics()
         return record
 
@@ -255,7 +211,7 @@ class Trainer:
 
     def show(self, fraction: float) -> None:
         """Say how far the run is, but not at every step."""
-        if processes.rank() == 0 and time.monotonic() - self.shown_at > PROGRESS_SECONDS:
+        if process_group.rank() == 0 and time.monotonic() - self.shown_at > PROGRESS_SECONDS:
             self.run.show_progress(fraction)
             self.shown_at = time.monotonic()
 
@@ -264,124 +220,45 @@ class Trainer:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
 
-    def rehearse(self, steps: int) -> None:
-        """Some steps, all on one batch; nothing is written."""
-        x, y = next(self.data.training_batches(self.config.batch_size, self.generator))
-        self.model.train()
-        for _ in range(steps):
-            self.step(x, y)
-        self.synchronise()
-
     def save(self) -> None:
         """A checkpoint that `load` goes on from as if nothing had happened."""
         self.saved_at = time.monotonic()
-        if processes.rank() > 0:
+        if process_group.rank() > 0:
             return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule and self.schedule.state_dict(),
-            "averaged": self.averaged and self.averaged.state_dict(),
+            "averaged": self.averaged_model and self.averaged_model.state_dict(),
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
             "average": self.average,
             "records": self.records,
             "seconds": [self.seconds, self.cpu_seconds, self.warm_start_seconds],
         }
-        with atomic_path(self.run.checkpoint) as partial:
-            torch.save(state, partial)
-
-    def saved(self) -> dict[str, Any] | None:
-        """What the last checkpoint holds; None without one, or if it is damaged: the run then starts anew.
-
-        Some optimizers of other packages keep objects of their own in their state, which only they can read;
-        Failure where such a package is not there.
-        """
-        ours = type(self.optimizer).__module__.split(".")[0] in ("torch", "kfqn")
-        try:
-            with zipfile.ZipFile(self.run.checkpoint) as archive:
-                if archive.testzip() is not None:  # torch does not look at the checksums
-                    return None
-            state: dict[str, Any] = torch.load(self.run.checkpoint, map_location="cpu", weights_only=ours)
-        except (ImportError, AttributeError) as error:
-            raise self._unfit(error) from error
-        except (
-            Exception
-        ):  # empty, cut short or overwritten: zipfile, pickle and torch each say so in their way
-            return None
-        return state
-
-    def _unfit(self, error: Exception) -> Failure:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Failure(
-            f"cannot go on from {self.run.checkpoint} ({reason}): another version of the optimizer wrote it, "
-            "so delete it to start the run anew, or go on with that version."
-        )
+        checkpoint.save(self.run.checkpoint, state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint; later epochs are done again. Failure if it does not fit this run."""
         try:
             self._load(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise self._unfit(error) from error
+            raise checkpoint.unfit(self.run.checkpoint, error) from error
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+        if self.averaged_model is not None:
+            self.averaged_model.load_state_dict(state["averaged"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         self.average, self.records = state["average"].to(self.device), state["records"]
         self.seconds, self.cpu_seconds, self.warm_start_seconds = state["seconds"]
 
 
-def averaged_model(model: nn.Module, power: float) -> AveragedModel:
-    """An average of the weights over all steps that gives late ones more: polynomial-decay averaging.
-
-    Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization" (2013), section 4. The n-th
-    weights enter with the share (p + 1) / (n + p), so that no length has to be known.
-    """
-
-    def enter(average: Tensor, weights: Tensor, n: Tensor | int) -> Tensor:
-        return average + (weights - average) * ((power + 1) / (n + 1 + power))
-
-    return AveragedModel(model, avg_fn=enter, use_buffers=True)
-
-
-def conditions_of(device: torch.device) -> dict[str, str]:
-    """Where and with what a run was done."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kfqn": kfqn.__version__,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "processes a run": str(processes.count()),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
-
-
-@functools.cache
-def _commit() -> str:
-    """The commit of the source the package runs from, '+' after it if changed; unknown without a checkout."""
-    root = Path(__file__).parents[2]
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return result.stdout.strip() if (root / ".git").exists() else "unknown"
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step runs the passes itself: its closure has no default, or others warm it up."""
+    takes = inspect.signature(optimizer.step).parameters.values()
+    return hasattr(optimizer, "warm_start") or any(p.default is p.empty for p in takes)

@@ -9,7 +9,8 @@ import itertools
 import random
 from collections.abc import Collection, Mapping
 
-Settings = Mapping[str, float]
+from kfqn.race.entrants.settings import Settings
+
 Grid = Mapping[str, tuple[float, ...]]
 
 _SECOND_ORDER = {
@@ -113,21 +114,23 @@ def in_print(entrant: str, settings: Settings) -> dict[str, float]:
 
 
 def grid(
-    problem: str, entrant: str, thinned: Collection[str] = (), most: int | None = None
+    problem: str, entrant: str, coarse: Collection[str] = (), max_points: int | None = None
 ) -> list[dict[str, float]]:
-    """Every point that a sweep tries of one of the entrants, in torch's convention: see `spread`."""
-    points = spread((OURS.get(problem, PRINTED) | PEERS)[entrant], thinned, most)
+    """Every point that a sweep tries of one of the entrants, in torch's convention: see `expand`."""
+    points = expand((OURS.get(problem, PRINTED) | PEERS)[entrant], coarse, max_points)
     return points if problem in OURS else [in_torch(entrant, point) for point in points]
 
 
-def spread(ranges: Grid, thinned: Collection[str] = (), most: int | None = None) -> list[dict[str, float]]:
-    """Every point of a grid; of ``thinned`` settings every second value.
+def expand(
+    ranges: Grid, coarse: Collection[str] = (), max_points: int | None = None
+) -> list[dict[str, float]]:
+    """Every point of a grid; of ``coarse`` settings every second value.
 
-    A thinned setting keeps its last value, where the paper's best damping often lies. Of more than ``most``
-    points so many are drawn at random, always the same.
+    A coarse setting keeps its last value, where the paper's best damping often lies. Of more than
+    ``max_points`` points so many are drawn at random, always the same.
     """
-    kept = [values[::-1][::2][::-1] if key in thinned else values for key, values in ranges.items()]
+    kept = [values[::-1][::2][::-1] if key in coarse else values for key, values in ranges.items()]
     points = [dict(zip(ranges, values, strict=True)) for values in itertools.product(*kept)]
-    if most is not None and len(points) > most:
-        points = [points[n] for n in sorted(random.Random(0).sample(range(len(points)), most))]
+    if max_points is not None and len(points) > max_points:
+        points = [points[n] for n in sorted(random.Random(0).sample(range(len(points)), max_points))]
     return points

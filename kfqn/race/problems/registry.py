@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from kfqn.race.cifar import Cifar
-    from kfqn.race.data import Dataset
+    from kfqn.race.problems.cifar import Cifar
+    from kfqn.race.problems.data import Dataset
 
 
 DEFAULT_DATA = Path("data")
@@ -42,55 +42,55 @@ class Problem:
 
 
 def _digits(_: Path | None) -> "Dataset":
-    from kfqn.race.data import digits
+    from kfqn.race.problems.data import digits
 
     return digits()
 
 
 def _cifar_10() -> "Cifar":
-    from kfqn.race.cifar import CIFAR_10
+    from kfqn.race.problems.cifar import CIFAR_10
 
     return CIFAR_10
 
 
 def _cifar_100() -> "Cifar":
-    from kfqn.race.cifar import CIFAR_100
+    from kfqn.race.problems.cifar import CIFAR_100
 
     return CIFAR_100
 
 
 def _small_all_cnn(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import small_all_cnn
+    from kfqn.race.problems.models import small_all_cnn
 
     return small_all_cnn(classes, channels, width)
 
 
 def _mlp(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import mlp
+    from kfqn.race.problems.models import mlp
 
     return mlp(classes, channels, width)
 
 
 def _lenet5(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import lenet5
+    from kfqn.race.problems.models import lenet5
 
     return lenet5(classes, channels, width)
 
 
 def _all_cnn_c(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import all_cnn_c
+    from kfqn.race.problems.models import all_cnn_c
 
     return all_cnn_c(classes, channels, width)
 
 
 def _vgg16(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.models import vgg16
+    from kfqn.race.problems.models import vgg16
 
     return vgg16(classes, channels, width)
 
 
 def _resnet20(classes: int, channels: int, width: int) -> "nn.Module":
-    from kfqn.race.resnet import resnet20
+    from kfqn.race.problems.resnet import resnet20
 
     return resnet20(classes, channels, width)
 

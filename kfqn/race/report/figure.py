@@ -11,8 +11,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from kfqn.race.entrants import ENTRANTS
-from kfqn.race.runs import atomic_path
-from kfqn.race.summary import Standing, common_target
+from kfqn.race.report.results import Result, common_target
+from kfqn.race.runs.files import atomic_path
 
 COLORS = [
     "#0072B2",
@@ -34,8 +34,8 @@ DASHES = ["-", "--", ":", "-."]
 SIZE = (10.0, 7.0)  # inches of one block
 
 
-def draw(blocks: Sequence[tuple[str, Sequence[Standing]]], title: str, path: Path) -> None:
-    """Write the figure, one block of four panels for every title and its standings.
+def draw(blocks: Sequence[tuple[str, Sequence[Result]]], title: str, path: Path) -> None:
+    """Write the figure, one block of four panels for every title and its results.
 
     The suffix of ``path`` (.png, .svg, .pdf) chooses the format. Colours tell optimizers
     apart, or settings where a block shows several of one optimizer.
@@ -46,23 +46,23 @@ def draw(blocks: Sequence[tuple[str, Sequence[Standing]]], title: str, path: Pat
     figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * lines), layout="constrained")
     figure.suptitle(title, fontsize=12)
     parts = figure.subfigures(lines, columns, squeeze=False, wspace=0.03, hspace=0.03).flat
-    for part, (heading, standings) in zip(parts, blocks, strict=False):
-        _block(part, heading, standings)
+    for part, (heading, results) in zip(parts, blocks, strict=False):
+        _block(part, heading, results)
     with atomic_path(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150 if len(blocks) == 1 else 110)
 
 
-def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None:
-    measure = standings[0].measure
+def _block(part: SubFigure, heading: str, results: Sequence[Result]) -> None:
+    measure = results[0].measure
     quantities = {measure.loss: measure.loss_label, "test_error": "test error, %"}
     axes = {"epoch": "epoch", measure.time: measure.time_label}
     panels = part.subplots(2, 2, sharex="col", sharey="row")
-    for standing, color, style in zip(standings, *_looks(standings), strict=True):
+    for result, color, style in zip(results, *_styles(results), strict=True):
         for row, quantity in enumerate(quantities):
             for column, axis in enumerate(axes):
-                _line(panels[row, column], standing, axis, quantity, color, style)
-    for panel in panels[0] if any(standing.epochs for standing in standings) else []:
-        target = common_target(standings)
+                _line(panels[row, column], result, axis, quantity, color, style)
+    for panel in panels[0] if any(result.epochs for result in results) else []:
+        target = common_target(results)
         if math.isfinite(target):
             panel.axhline(target, color="#999", linewidth=0.8, linestyle=":", label="common target")
         panel.set_yscale("log")
@@ -81,12 +81,12 @@ def _block(part: SubFigure, heading: str, standings: Sequence[Standing]) -> None
     part.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
-def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
-    """A colour and a line style for every standing: the same optimizer looks the same in every race.
+def _styles(results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """A colour and a line style for every result: the same optimizer has the same in every race.
 
-    Where there are too many optimizers or settings for that, all that is left is that no two look alike.
+    Where there are too many optimizers or settings for that, all that is left is that no two are alike.
     """
-    names = [standing.config.entrant for standing in standings]
+    names = [result.config.entrant for result in results]
     order = [*ENTRANTS, *dict.fromkeys(name for name in names if name not in ENTRANTS)]
     places = [(order.index(name), names[:n].count(name)) for n, name in enumerate(names)]
     if any(color >= len(COLORS) or dash >= len(DASHES) for color, dash in places):
@@ -94,14 +94,14 @@ def _looks(standings: Sequence[Standing]) -> tuple[list[str], list[str]]:
     return [COLORS[color] for color, _ in places], [DASHES[dash] for _, dash in places]
 
 
-def _line(panel: Axes, standing: Standing, axis: str, quantity: str, color: str, style: str) -> None:
-    lost = f", {standing.lost}" if standing.lost else ""
-    if not standing.epochs:
-        panel.plot([], [], color=color, linestyle=style, label=standing.label + lost)
+def _line(panel: Axes, result: Result, axis: str, quantity: str, color: str, style: str) -> None:
+    lost = f", {result.lost}" if result.lost else ""
+    if not result.epochs:
+        panel.plot([], [], color=color, linestyle=style, label=result.label + lost)
         return
     scale = 100 if quantity == "test_error" else 1
-    curve, x = standing.curve(quantity), standing.curve(axis).mean
+    curve, x = result.curve(quantity), result.curve(axis).mean
     mean, error = scale * curve.mean, scale * curve.error
-    panel.plot(x, mean, color=color, linestyle=style, linewidth=1.8, label=standing.label + lost)
+    panel.plot(x, mean, color=color, linestyle=style, linewidth=1.8, label=result.label + lost)
     floor = np.zeros_like(mean) if quantity == "test_error" else mean / 100  # below 0 there is no logarithm
     panel.fill_between(x, np.maximum(mean - error, floor), mean + error, color=color, alpha=0.2, linewidth=0)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from kfqn.race import processes
+from kfqn.race import process_group
 from kfqn.race.failure import Failure
-from kfqn.race.runs import Run
+from kfqn.race.runs.run import Run
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
@@ -26,7 +26,7 @@ GRACE_SECONDS = 5.0
 def work(folders: Sequence[Path], data_dir: Path | None) -> None:
     """One worker: whatever is left to do, in the given order."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    from kfqn.race.train import train
+    from kfqn.race.runs.train import train
 
     try:
         for folder in folders:
@@ -39,72 +39,76 @@ def work(folders: Sequence[Path], data_dir: Path | None) -> None:
         sys.exit(1)
 
 
-def do(runs: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> None:
-    """Do all runs with ``jobs`` processes, calling ``watch`` twice a second.
+def run_all(runs: Sequence[Run], jobs: int, data_dir: Path | None, update: Callable[[], None]) -> None:
+    """Do all runs with ``jobs`` processes, calling ``update`` twice a second.
 
     Waits for runs that another command has in hand, and takes over those it leaves. Ends the
-    workers at once on Ctrl-C, on SIGTERM, or on any error in ``watch``; the same call goes on
+    workers at once on Ctrl-C, on SIGTERM, or on any error in ``update``; the same call goes on
     from there. A run whose worker was killed from outside is left unfinished.
     """
-    if processes.count() > 1:
-        _do_together(runs, data_dir, watch)
+    if process_group.size() > 1:
+        _run_as_group(runs, data_dir, update)
         return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        left = [run for run in runs if run.end() is None]
-        while left:
-            all_came_back = _work_and_watch(left, jobs, data_dir, watch)
-            left = [run for run in left if run.end() is None and (all_came_back or run.held())]
-            while any(run.end() is None and run.held() for run in left):
-                watch()
+        unfinished = [run for run in runs if run.end() is None]
+        while unfinished:
+            all_ended = _work_and_update(unfinished, jobs, data_dir, update)
+            unfinished = [run for run in unfinished if run.end() is None and (all_ended or run.held())]
+            while any(run.end() is None and run.held() for run in unfinished):
+                update()
                 time.sleep(POLL_SECONDS)
-            left = [run for run in left if run.end() is None]
+            unfinished = [run for run in unfinished if run.end() is None]
     finally:
         signal.signal(signal.SIGTERM, previous)
-    watch()
+    update()
 
 
-def _do_together(runs: Sequence[Run], data_dir: Path | None, watch: Callable[[], None]) -> None:
+def _run_as_group(runs: Sequence[Run], data_dir: Path | None, update: Callable[[], None]) -> None:
     """Do the runs one after the other, all processes that torchrun started at each of them."""
-    from kfqn.race.train import train
+    from kfqn.race.runs.train import train
 
-    first = processes.rank() == 0
+    first = process_group.rank() == 0
     for run in runs:
         with run.claimed() if first else contextlib.nullcontext(False) as ours:
-            if processes.of_the_first(ours and run.end() is None):
-                with _watched(watch) if first else contextlib.nullcontext():
+            if process_group.from_rank_0(ours and run.end() is None):
+                with _updated(update) if first else contextlib.nullcontext():
                     train(run, data_dir)
-        processes.of_the_first(None)  # its last record is written before another process looks
-    watch()
+        process_group.from_rank_0(None)  # its last record is written before another process looks
+    update()
 
 
 @contextlib.contextmanager
-def _watched(watch: Callable[[], None]) -> Iterator[None]:
-    """Call ``watch`` twice a second while inside."""
+def _updated(update: Callable[[], None]) -> Iterator[None]:
+    """Call ``update`` twice a second while inside."""
     over = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not over.wait(POLL_SECONDS):
-            watch()
+            update()
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        watcher.join()
+        thread.join()
 
 
-def _work_and_watch(left: Sequence[Run], jobs: int, data_dir: Path | None, watch: Callable[[], None]) -> bool:
+def _work_and_update(
+    unfinished: Sequence[Run], jobs: int, data_dir: Path | None, update: Callable[[], None]
+) -> bool:
     """Whether every worker came to its end, so that what is left undone was in the hands of others."""
     context = multiprocessing.get_context("spawn")
-    folders = [run.folder for run in left]
-    workers = [context.Process(target=work, args=(folders, data_dir)) for _ in range(min(jobs, len(left)))]
+    folders = [run.folder for run in unfinished]
+    workers = [
+        context.Process(target=work, args=(folders, data_dir)) for _ in range(min(jobs, len(unfinished)))
+    ]
     try:
         _start(workers)
         while any(worker.is_alive() for worker in workers):
-            watch()
+            update()
             time.sleep(POLL_SECONDS)
     finally:
         for worker in workers:

@@ -1,4 +1,4 @@
-"""A command that torchrun started in several processes: they train every run together, and the first speaks.
+"""A command that torchrun started in several processes: they train every run as a group, and rank 0 speaks.
 
 A run's batch is the joint one; each process takes its share of it, so that several processes
 do what one would do.
@@ -18,29 +18,29 @@ Value = TypeVar("Value")
 TIMEOUT = datetime.timedelta(minutes=10)  # of a process that waits for another, which may be reading data
 
 
-def count() -> int:
+def size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Which of them this one is, from 0 on."""
     return int(os.environ.get("RANK", "0"))
 
 
-def place(device: str) -> str:
+def local_device(device: str) -> str:
     """The device of this process: each on a machine has a GPU of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if count() > 1 and device == "cuda" else device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if size() > 1 and device == "cuda" else device
 
 
 @contextlib.contextmanager
-def together(device: str) -> Iterator[None]:
-    """Inside, the processes can talk to each other; alone, there is nothing to do."""
-    if count() == 1 or dist.is_initialized():
+def joined(device: str) -> Iterator[None]:
+    """Inside, the processes are one group of `torch.distributed`; alone, there is nothing to do."""
+    if size() == 1 or dist.is_initialized():
         yield
         return
     if device == "cuda":
-        torch.cuda.set_device(place(device))
+        torch.cuda.set_device(local_device(device))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
@@ -50,15 +50,15 @@ def together(device: str) -> Iterator[None]:
 
 def mean(value: torch.Tensor) -> torch.Tensor:
     """The mean over the processes of a value that each has."""
-    if count() > 1:
+    if size() > 1:
         dist.all_reduce(value)
-        value /= count()
+        value /= size()
     return value
 
 
-def of_the_first(value: Value) -> Value:
-    """What ``value`` is in the first process, in all of them; each waits for it."""
-    if count() == 1:
+def from_rank_0(value: Value) -> Value:
+    """What ``value`` is in the process of rank 0, in all of them; each waits for it."""
+    if size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfqn.race.entrants import entrant_of
+from kfqn.race.entrants.settings import format_settings
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Config, Record, Run
 
@@ -37,7 +38,7 @@ class Curve:
     error: Array
 
 
-class Standing:
+class Result:
     """One entrant with one setting: its runs over the seeds, the diverged and failed ones counted apart."""
 
     def __init__(self, runs: Sequence[Run], measure: Measure = RACE) -> None:
@@ -50,7 +51,7 @@ class Standing:
     @property
     def label(self) -> str:
         """Name and settings, as in a legend."""
-        values = ", ".join(f"{key} {value:g}" for key, value in self.config.settings.items())
+        values = format_settings(self.config.settings)
         label = entrant_of(self.config.entrant).label
         return f"{label} ({values})" if values else label
 
@@ -101,81 +102,29 @@ class Standing:
         return float(np.mean(seconds)) if seconds else 0.0
 
 
-def learned(standings: Sequence[Standing]) -> list[Standing]:
+def results_of(runs: Sequence[Run], measure: Measure = RACE) -> list[Result]:
+    """The runs gathered by entrant and settings, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        config = run.config
+        groups.setdefault(f"{config.entrant} {sorted(config.settings.items())}", []).append(run)
+    return [Result(group, measure) for group in groups.values()]
+
+
+def learned(results: Sequence[Result]) -> list[Result]:
     """Those whose lowest training loss is at least half the way from guessing to the lowest of all.
 
     Guessing is ln(classes), the loss of equal logits. Who stays near it, diverges or loses most of its runs
     says nothing about the others: whether it races or not, they are compared in the same way.
     """
-    guessing = math.log(PROBLEMS[standings[0].config.problem].classes)
-    best = min(s.lowest for s in standings)
-    return [s for s in standings if best < guessing and s.lowest <= (guessing + best) / 2]
+    guessing = math.log(PROBLEMS[results[0].config.problem].classes)
+    best = min(s.lowest for s in results)
+    return [s for s in results if best < guessing and s.lowest <= (guessing + best) / 2]
 
 
-def common_target(standings: Sequence[Standing]) -> float:
+def common_target(results: Sequence[Result]) -> float:
     """The lowest training loss that everybody who has `learned` has reached, in the median over the seeds.
 
     NaN if nobody has.
     """
-    return max((s.lowest for s in learned(standings)), default=math.nan)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; numbers are means over the seeds unless said otherwise."""
-
-    label: str
-    train_loss: str
-    test_error: str
-    seconds: str
-    seconds_per_epoch: str
-    epochs_to_target: str
-    seconds_to_target: str
-    warm_start_seconds: str
-    lost: str
-
-
-def headings(measure: Measure) -> Row:
-    """The table's first line."""
-    s = measure.second
-    return Row(
-        label="optimizer",
-        train_loss=measure.loss_label,
-        test_error="test error, %",
-        seconds=s,
-        seconds_per_epoch=f"{s} an epoch",
-        epochs_to_target="epochs to target",
-        seconds_to_target=f"{s} to target",
-        warm_start_seconds="warm start, s",
-        lost="lost runs",
-    )
-
-
-def rows(standings: Sequence[Standing]) -> list[Row]:
-    """The table, the lowest final training loss on top, who lost most of its runs at the bottom."""
-    target = common_target(standings)
-    return [_row(standing, target) for standing in sorted(standings, key=lambda s: s.final)]
-
-
-def _row(standing: Standing, target: float) -> Row:
-    if not standing.epochs:
-        return Row(standing.label, "–", "–", "–", "–", "–", "–", "–", standing.lost)
-    measure = standing.measure
-    loss, error, seconds = (standing.curve(key) for key in (measure.loss, "test_error", measure.time))
-    epochs, time, warm = (
-        standing.reached(target, "epoch"),
-        standing.reached(target, measure.time),
-        standing.warm_start_seconds,
-    )
-    several = len(standing.epochs) > 1
-    return Row(
-        label=standing.label,
-        train_loss=f"{loss.mean[-1]:.3g}" + f" ± {loss.error[-1]:.1g}" * several,
-        test_error=f"{100 * error.mean[-1]:.2f}" + f" ± {100 * error.error[-1]:.2f}" * several,
-        seconds=f"{seconds.mean[-1]:.1f}",
-        seconds_per_epoch=f"{seconds.mean[-1] / len(seconds.mean):.2f}",
-        epochs_to_target=f"{epochs:g}" if math.isfinite(epochs) else "–",
-        seconds_to_target=f"{time:.2f}" if math.isfinite(time) else "–",
-        warm_start_seconds=f"{warm:.2f}" if warm else "–",
-        lost=standing.lost or "–",
-    )
+    return max((s.lowest for s in learned(results)), default=math.nan)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kfqn.race.cores import cores, threads_told
-from kfqn.race.grids import Settings
+from kfqn.race import process_group
+from kfqn.race.cores import available_cores, requested_threads
+from kfqn.race.entrants.settings import Settings
 from kfqn.race.problems import Problem
-from kfqn.race.processes import count
-from kfqn.race.runs import Config
+from kfqn.race.runs.config import Config
 
 EVALUATED = 10_000  # training and test images that loss and error are read on
 
@@ -29,22 +29,22 @@ class Scale:
     @property
     def threads(self) -> int:
         """Intra-op threads of a run: OMP_NUM_THREADS; else one, or every core if it has them to itself."""
-        alone = self.jobs == 1 and self.device == "cpu" and count() == 1
-        return threads_told() or (cores() if alone else 1)
+        alone = self.jobs == 1 and self.device == "cpu" and process_group.size() == 1
+        return requested_threads() or (available_cores() if alone else 1)
 
 
 @dataclass(frozen=True)
 class Search:
     """How a grid is gone through, and what its best point has the least of.
 
-    ``thinned`` settings are tried at every second value only, and of more than ``points`` points so many
+    ``coarse`` settings are tried at every second value only, and of more than ``max_points`` points so many
     drawn at random (None: all); see `kfqn.race.sweep` for halving.
     """
 
     by: str
     halving: bool
-    thinned: tuple[str, ...]
-    points: int | None
+    coarse: tuple[str, ...]
+    max_points: int | None
     seeds: int
 
 
@@ -65,7 +65,7 @@ def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Co
             train_size=scale.train_size,
             device=scale.device,
             threads=scale.threads,
-            processes=count(),
+            processes=process_group.size(),
         )
         for seed in range(seeds)
         for name, settings in field

@@ -9,9 +9,7 @@ What a full disk, an interrupted copy or a power cut does to a file is found whe
 """
 
 import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,43 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kfqn.race.failure import Failure
-
-
-@dataclass(frozen=True)
-class Config:
-    """All that decides the outcome of a run, and the device and threads that decide its seconds.
-
-    A run ends after ``epochs``, or at the end of the epoch in which its CPU seconds of training
-    reach ``budget``, whichever is first; None is no limit. Loss and error are read on the
-    first ``evaluated`` training and test images. Each of ``processes`` takes its share of every batch.
-    """
-
-    problem: str
-    entrant: str
-    settings: dict[str, float]
-    seed: int
-    epochs: int | None
-    budget: float | None
-    evaluated: int
-    width: int
-    batch_size: int
-    weight_decay: float
-    train_size: int | None
-    device: str
-    threads: int
-    processes: int = 1
-
-    @property
-    def identity(self) -> str:
-        """The name of the run's folder: readable, and different for different configurations."""
-        values = [f"{key}{value:g}" for key, value in self.settings.items()]
-        every = asdict(self)
-        if self.processes == 1:  # as it was named before there could be several
-            del every["processes"]
-        digest = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()[:8]
-        name = "-".join([self.entrant.replace(":", "-"), *values, f"seed{self.seed}"])
-        return f"{name}-{digest}"
-
+from kfqn.race.runs.config import Config
+from kfqn.race.runs.files import check_writable, write_atomically
 
 Record = dict[str, Any]
 
@@ -139,8 +102,8 @@ class Run:
     def fraction(self) -> float:
         """How much of an unfinished run is done, 0 to 1."""
         with contextlib.suppress(OSError, ValueError):
-            told = float((self.folder / "progress").read_text())
-            return told if 0 <= told <= 1 else 0.0
+            fraction = float((self.folder / "progress").read_text())
+            return fraction if 0 <= fraction <= 1 else 0.0
         return 0.0
 
     def show_progress(self, fraction: float) -> None:
@@ -177,41 +140,3 @@ def _record(line: bytes) -> Record:
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder if need be; Failure if nothing can be written there."""
-    probe = folder / f".probe-{os.getpid()}"  # another command may probe the same folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise Failure(
-            f"cannot write to {folder} ({error.strerror}): choose another folder with --out."
-        ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is seen old or new, never in between."""
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, moved over it at the end, or removed on an error.
-
-    Failure, which names ``path``, where the disk is full or something is in the way; the old file then stays.
-    """
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise Failure(
-            f"cannot write {path} ({error.strerror or error}): make room, delete what is in the way, or "
-            "choose another folder with --out."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kfqn.race.entrants import entrant_of
+from kfqn.race.entrants.settings import format_settings
 from kfqn.race.runs import Run
 
 LABEL = 24  # characters of a name, which may be that of anybody's class
@@ -28,13 +29,7 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
     labels = {name: _cut(entrant_of(name).label, LABEL) for name in groups}
     bar = min(30, max(8, console.width - 70))
     room = console.width - max(map(len, labels.values())) - bar - ELAPSED - 3  # a space between columns
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=bar),
-        TextColumn("{task.fields[state]}", markup=False),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    progress = _bars(console, bar)
     tasks = {name: progress.add_task(labels[name], total=len(of), state="") for name, of in groups.items()}
     ended: dict[Path, State] = {}
     news = False  # runs that had ended before are none
@@ -61,6 +56,16 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
         yield update
 
 
+def _bars(console: Console, width: int) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=width),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
 @dataclass(frozen=True)
 class State:
     """A run as its files show it; ``status`` is empty while it lasts, ``lowest`` ∞ without an epoch."""
@@ -76,7 +81,7 @@ def _state(run: Run, by: str) -> State:
     status = records[-1].get("status", "") if records else ""
     kept = records if status in ("", "finished") else []
     lowest = min((record[by] for record in kept if "epoch" in record), default=math.inf)
-    settings = ", ".join(f"{key} {value:g}" for key, value in run.config.settings.items())
+    settings = format_settings(run.config.settings)
     return State(status, 1.0 if status else run.fraction(), lowest, settings)
 
 
@@ -94,10 +99,10 @@ def _summary(states: Sequence[State], by: str, room: int) -> str:
     counts = ", ".join(parts)
     if not math.isfinite(best.lowest):
         return _cut(counts, room)
-    told = f"{counts}, best {by.replace('_', ' ')} {best.lowest:.3g}"
-    shorter = [told, f"{counts}, best {best.lowest:.3g}", counts]
+    whole = f"{counts}, best {by.replace('_', ' ')} {best.lowest:.3g}"
+    shorter = [whole, f"{counts}, best {best.lowest:.3g}", counts]
     if best.settings:  # an automatic optimizer has none
-        shorter.insert(0, f"{told} at {best.settings}")
+        shorter.insert(0, f"{whole} at {best.settings}")
     return next((text for text in shorter if len(text) <= room), _cut(counts, room))
 
 

@@ -7,12 +7,32 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from kfqn.race.entrants.settings import Settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import Settings
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+
+def sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's SGD with momentum 0.9."""
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=weight_decay)
+
+
+def adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's Adam."""
+    import torch
+
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=settings["lr"],
+        betas=(0.9, settings.get("beta2", 0.999)),
+        eps=settings["eps"],
+        weight_decay=weight_decay,
+    )
 
 
 def adamw(model: "nn.Module", settings: Settings, _: float) -> "Optimizer":
@@ -94,17 +114,17 @@ def by_dotted_name(path: str) -> "type[Optimizer]":
 
 
 def from_class(path: str, model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
-    """Any torch optimizer, or one of kfqn's, with settings as arguments and others at their defaults.
+    """Any torch optimizer, with settings as arguments and others at their defaults.
 
-    The problem's weight decay is used where the optimizer takes one and none is among the settings.
+    One whose first argument is called ``model`` gets the model, others its parameters. The
+    problem's weight decay is used where the optimizer takes one and none is among the settings.
     """
-    from kfqn.parameters.groups import LayeredOptimizer
-
     kind = by_dotted_name(path)
     arguments: dict[str, Any] = dict(settings)
-    if "weight_decay" in inspect.signature(kind).parameters:
+    takes = [*inspect.signature(kind).parameters]
+    if "weight_decay" in takes:
         arguments.setdefault("weight_decay", weight_decay)
-    trained: Any = model if issubclass(kind, LayeredOptimizer) else model.parameters()
+    trained: Any = model if takes[:1] == ["model"] else model.parameters()
     try:
         optimizer: Optimizer = kind(trained, **arguments)
     except TypeError as error:

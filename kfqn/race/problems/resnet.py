@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfqn.race.models import initialise
+from kfqn.race.problems.models import initialise
 
 
 class Block(nn.Module):

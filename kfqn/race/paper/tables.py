@@ -1,7 +1,6 @@
 """``kfqn table 1`` to ``3``: the paper's tables, with what is measured here beside what is printed there."""
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,17 @@ from torch import nn
 import kfqn
 from kfqn.closures import Closure
 from kfqn.race import sweep as sweeping
-from kfqn.race.cost import COLUMNS, PHASES, Cost, Shape, computation, shape, sights, storage
-from kfqn.race.entrants import ENTRANTS, FIELD
-from kfqn.race.grids import TABLE_3, Settings, in_print
-from kfqn.race.paper_figures import experiments
+from kfqn.race.entrants import ENTRANTS, PAPER_FIELD
+from kfqn.race.entrants.grids import TABLE_3, in_print
+from kfqn.race.entrants.settings import Settings
+from kfqn.race.options import PaperOptions
+from kfqn.race.paper.cost import COLUMNS, PHASES, Cost, Shape, computation, samples, shape, storage
+from kfqn.race.paper.experiment import experiments
 from kfqn.race.problems import PROBLEMS, Problem
-from kfqn.race.summary import PAPER
-from kfqn.race.train import conditions_of
-from kfqn.race.workshop import check_device, search_of, terminal
+from kfqn.race.report.results import PAPER
+from kfqn.race.runs.conditions import conditions_of
+from kfqn.race.session import check_device, search_of, terminal
+from kfqn.race.timing import waiter
 
 STORAGE = {  # Table 1 as printed, and SGD-m, which it leaves out
     "kfbfgs": {"DW": "IJ|Δ|", "A": "J²|Δ|²", "G": "I²"},
@@ -50,42 +52,37 @@ COMPUTATION = {  # Table 2 as printed
 REPEATS = 7
 
 
-def table(options: argparse.Namespace) -> int:
+def table(options: PaperOptions) -> int:
     """``kfqn table``."""
     if options.number == 3:
         return best_values(options)
-    console, names = terminal(), options.optimizers or list(FIELD)
-    check_device(options.device)
-    for problem in (PROBLEMS[name] for name in options.problem or ["cifar10-allcnn", "cifar10-vgg16"]):
+    console, names = terminal(), options.optimizers or PAPER_FIELD
+    check_device(options.training.device)
+    for problem in (PROBLEMS[name] for name in options.problems or ["cifar10-allcnn", "cifar10-vgg16"]):
         batch = 2 if options.number == 1 else options.batch_size
         model, closure = model_and_batch(problem, options, batch)
-        shapes = [shape(sight) for sight in sights(model, closure)]
-        title = f"{problem.title} of width {options.width or problem.width}"
+        shapes = [shape(sample) for sample in samples(model, closure)]
+        title = f"{problem.title} of width {options.training.width or problem.width}"
         if options.number == 1:
             print_storage(storage(model, names, closure), shapes, title, console)
         else:
-            costs = computation(model, names, closure, REPEATS, _waiter(options.device))
+            costs = computation(model, names, closure, REPEATS, waiter(options.training.device))
             print_computation(costs, shapes, f"{title}, m = {batch}", console)
-    conditions = conditions_of(torch.device(options.device)) | {"threads": str(torch.get_num_threads())}
+    conditions = conditions_of(torch.device(options.training.device)) | {
+        "threads": str(torch.get_num_threads())
+    }
     for key, value in conditions.items():
         console.print(f"{key}: {value}", style="dim", highlight=False)
     return 0
 
 
-def model_and_batch(problem: Problem, options: argparse.Namespace, batch: int) -> tuple[nn.Module, Closure]:
+def model_and_batch(problem: Problem, options: PaperOptions, batch: int) -> tuple[nn.Module, Closure]:
     """The problem's network and random images of its size: cost does not depend on what they show."""
     torch.manual_seed(0)
-    model = problem.network(options.width).to(options.device)
-    x = torch.randn(batch, problem.channels, problem.side, problem.side, device=options.device)
-    y = torch.randint(problem.classes, (batch,), device=options.device)
+    model = problem.network(options.training.width).to(options.training.device)
+    x = torch.randn(batch, problem.channels, problem.side, problem.side, device=options.training.device)
+    y = torch.randint(problem.classes, (batch,), device=options.training.device)
     return model, kfqn.closure(model, x, y, F.cross_entropy)
-
-
-def _waiter(device: str) -> Callable[[], None]:
-    """What waits until a device has done all it was given."""
-    if device == "cpu":
-        return lambda: None
-    return lambda: torch.get_device_module(device).synchronize(device)
 
 
 def print_storage(costs: Sequence[Cost], shapes: Sequence[Shape], title: str, console: Console) -> None:
@@ -154,13 +151,13 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return view
 
 
-def best_values(options: argparse.Namespace) -> int:
+def best_values(options: PaperOptions) -> int:
     """Table 3: the best settings of a sweep here beside those the paper found, in its convention."""
-    problems = [PROBLEMS[name] for name in options.problem or TABLE_3]
-    names = options.optimizers or list(FIELD)
+    problems = [PROBLEMS[name] for name in options.problems or TABLE_3]
+    names = options.optimizers or PAPER_FIELD
     of_all = experiments(options, problems)
     for experiment in of_all:
-        search_of(options, experiment.scale, PAPER.loss)
+        search_of(options.tuning, experiment.scale, PAPER.loss)
     headings = ["problem", *(ENTRANTS[name].label for name in names)]
     view = _table("Table 3. Best (learning rate, damping): here / paper", headings)
     complete, tuned = True, []
@@ -172,9 +169,9 @@ def best_values(options: argparse.Namespace) -> int:
             ours = _values(name, in_print(name, found)) if found else "none finished"
             cells.append(f"{ours} / {_values(name, printed) if printed else '–'}")
             complete = complete and sweeping.complete(entry)
-            tuned.append(f"{problem.name}, {ENTRANTS[name].label}: {sweeping.told(entry)}")
+            tuned.append(f"{problem.name}, {ENTRANTS[name].label}: {sweeping.describe(entry)}")
         view.add_row(problem.title, *cells)
-    console = of_all[0].shop.console
+    console = of_all[0].session.console
     console.print(view)
     console.print(
         "In the paper's convention: SGD-m averages the gradient, its lr is ten times torch's; Adam's damping "
@@ -187,4 +184,4 @@ def best_values(options: argparse.Namespace) -> int:
 
 
 def _values(name: str, settings: Settings) -> str:
-    return "(" + ", ".join(f"{settings[key]:g}" for key in ENTRANTS[name].tuned) + ")"
+    return "(" + ", ".join(f"{settings[key]:g}" for key in ENTRANTS[name].required) + ")"

@@ -6,9 +6,7 @@ the layers really see in a step on random images.
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,7 +15,9 @@ from torch import Tensor, nn
 
 import kfqn
 from kfqn.closures import Closure
+from kfqn.curvature.fisher import invert, take_in
 from kfqn.curvature.pairs import averaged_pairs
+from kfqn.curvature.secants import learn_A, learn_G
 from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
@@ -25,14 +25,15 @@ from kfqn.formulas.statistics import (
     second_moment,
     second_moment_of_gradient,
 )
-from kfqn.kfac import invert
-from kfqn.optimizer import KroneckerOptimizer
+from kfqn.optimizer import Kronecker
 from kfqn.parameters.discovery import layers_of
 from kfqn.parameters.layers import Layer
-from kfqn.passes.record import Seen
-from kfqn.passes.recorder import Look, Watch
+from kfqn.passes.record import LayerRecord
+from kfqn.passes.recorder import Recorder
+from kfqn.passes.spec import PassSpec
 from kfqn.race.entrants import ENTRANTS
-from kfqn.two_pass import TwoPassOptimizer
+from kfqn.race.timing import medians
+from kfqn.update import keep_averages, propose
 
 COLUMNS = {  # of Table 1, and which tensors of the optimizers' state count to each
     "DW": ("DW", "momentum_buffer", "exp_avg"),
@@ -70,11 +71,11 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Sample:
     """What one layer sees in one step: its input, and (m, *g, I, |T|) the pre-activation and its gradient."""
 
     layer: Layer
-    seen: Seen
+    record: LayerRecord
     h: Tensor
     gradient: Tensor
 
@@ -82,7 +83,7 @@ class Sight:
 def build(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer with settings that do no harm."""
     entrant = ENTRANTS[name]
-    return entrant.build(model, {key: SETTINGS[key] for key in entrant.tuned}, 0.0)
+    return entrant.build(model, {key: SETTINGS[key] for key in entrant.required}, 0.0)
 
 
 def storage(model: nn.Module, names: Sequence[str], closure: Closure) -> list[Cost]:
@@ -121,90 +122,75 @@ def computation(
         step()  # the first step sets up the state
     iteration = medians(steps, repeats, wait)
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for n, sight in enumerate(sights(model, closure)):
+    for n, sample in enumerate(samples(model, closure)):
         calls = {
             f"{name} {phase}": call
             for name, optimizer in optimizers.items()
-            for phase, call in phases(optimizer, _own_layer(optimizer, models[name], n), sight).items()
+            for phase, call in phases(optimizer, _own_layer(optimizer, models[name], n), sample).items()
         }
         found = medians(calls, repeats, wait)
         for name, optimizer in optimizers.items():
             by_phase = {phase: found.get(f"{name} {phase}", 0.0) for phase in PHASES}
-            if isinstance(optimizer, kfqn.KFAC):  # amortised over T steps
+            if f"{name} inversion" in found:  # amortised over T steps
                 inversion = found[f"{name} inversion"] / optimizer.defaults["inverse_interval"]
                 by_phase |= {"curvature": by_phase["curvature"] + inversion, "inversion": inversion}
             seconds[name].append(by_phase)
-    for name, optimizer in optimizers.items():
-        if isinstance(optimizer, kfqn.KFAC):  # a median of whole steps never sees an inversion
-            iteration[name] += sum(layer["inversion"] for layer in seconds[name])
+    for name in names:  # a median of whole steps never sees an inversion
+        iteration[name] += sum(layer.get("inversion", 0.0) for layer in seconds[name])
     return [
         Cost(name, [], seconds[name], iteration[name], iteration[name] / iteration["sgd"]) for name in names
     ]
 
 
-def medians(
-    calls: Mapping[str, Callable[[], object]], repeats: int, wait: Callable[[], None]
-) -> dict[str, float]:
-    """The median seconds of each call, all of them in turn so that what disturbs one disturbs all."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(of) for name, of in times.items()}
-
-
 def _own_layer(optimizer: torch.optim.Optimizer, model: nn.Module, n: int) -> Layer:
     """The n-th layer of an optimizer's copy of the model."""
-    return (optimizer._layers if isinstance(optimizer, KroneckerOptimizer) else layers_of(model))[n]
+    layers = optimizer.training.groups.layers if isinstance(optimizer, Kronecker) else layers_of(model)
+    return layers[n]
 
 
-def sights(model: nn.Module, closure: Closure) -> list[Sight]:
+def samples(model: nn.Module, closure: Closure) -> list[Sample]:
     """What every layer sees when the closure runs."""
     layers = layers_of(model)
-    watch = Watch(model, layers, Look(inputs=True, h=torch.clone, Dh=torch.clone))
+    recorder = Recorder(model, layers, PassSpec(inputs=True, h=torch.clone, Dh=torch.clone))
     closure()
-    seen = watch.take()
-    return [Sight(layer, seen[layer], seen[layer].h(), seen[layer].Dh()) for layer in layers if layer in seen]
+    found = recorder.take()
+    return [Sample(x, found[x], found[x].h(), found[x].Dh()) for x in layers if x in found]
 
 
-def shape(sight: Sight) -> Shape:
+def shape(sample: Sample) -> Shape:
     """The layer's sizes."""
-    I, J, *offsets = sight.layer.weight.shape  # noqa: E741
-    return Shape(sight.layer.name, I, J, math.prod(offsets), sight.h[0, 0].numel())
+    I, J, *offsets = sample.layer.weight.shape  # noqa: E741
+    return Shape(sample.layer.name, I, J, math.prod(offsets), sample.h[0, 0].numel())
 
 
-def phases(optimizer: torch.optim.Optimizer, layer: Layer, sight: Sight) -> dict[str, Callable[[], object]]:
+def phases(optimizer: torch.optim.Optimizer, layer: Layer, sample: Sample) -> dict[str, Callable[[], object]]:
     """The work of one iteration in one layer beyond its mini-batch gradient, phase by phase.
 
-    ``layer`` is the optimizer's own, of a copy of the model that ``sight`` is of.
+    ``layer`` is the optimizer's own, of a copy of the model that ``sample`` is of.
     """
-    if isinstance(optimizer, TwoPassOptimizer):
+    if isinstance(optimizer, kfqn.KFBFGS | kfqn.KFLBFGS | kfqn.ConvergentKFLBFGS):
         return {
-            "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_two_pass(optimizer, layer, sight),
+            "pass": lambda: second_pass_of(sample),
+            "curvature": lambda: _learn_two_pass(optimizer, layer, sample),
             "step": lambda: _move(optimizer, layer),
         }
     if isinstance(optimizer, kfqn.KFAC):
         return {
-            "pass": lambda: second_pass_of(sight),
-            "curvature": lambda: _learn_kfac(optimizer, layer, sight),
+            "pass": lambda: second_pass_of(sample),
+            "curvature": lambda: _learn_kfac(optimizer, layer, sample),
             "inversion": lambda: invert(optimizer.state[layer.weight], optimizer.param_groups[0]),
             "step": lambda: _move(optimizer, layer),
         }
     return {"step": lambda: _step_alone(optimizer, layer)}
 
 
-def second_pass_of(sight: Sight) -> None:
+def second_pass_of(sample: Sample) -> None:
     """The layer's part of a pass without weight gradients."""
-    a = sight.seen.input(sight.seen.uses[0]).requires_grad_(True)
-    parameters = sight.layer.parameters()
+    a = sample.record.input(sample.record.calls[0]).requires_grad_(True)
+    parameters = sample.layer.parameters()
     for p in parameters:
         p.requires_grad_(False)
-    sight.layer.preactivation(sight.layer.modules[0](a)).backward(sight.gradient)
+    sample.layer.preactivation(sample.layer.modules[0](a)).backward(sample.gradient)
     a.grad = None
     a.requires_grad_(False)
     for p in parameters:
@@ -212,26 +198,32 @@ def second_pass_of(sight: Sight) -> None:
 
 
 @torch.no_grad()
-def _learn_two_pass(optimizer: TwoPassOptimizer, layer: Layer, sight: Sight) -> None:
-    states, (group,) = [optimizer.state[layer.weight]], optimizer.param_groups[:1]
-    h, Dh = mean_preactivation(sight.h), mean_preactivation_gradient(sight.gradient)
-    a = sight.seen.input(sight.seen.uses[0])
-    s = optimizer._probe(mean_activation(optimizer._inputs(layer), a), *states)
-    optimizer._learn_A([s], [optimizer._answer(layer, a, s)], states, group)
-    optimizer._learn_G(*averaged_pairs([h], [Dh], states, group), states, group)
+def _learn_two_pass(optimizer: Kronecker, layer: Layer, sample: Sample) -> None:
+    training, states, (group,) = (
+        optimizer.training,
+        [optimizer.state[layer.weight]],
+        optimizer.param_groups[:1],
+    )
+    parts, inputs = training.of(layer), training.inputs(layer)
+    h, Dh = mean_preactivation(sample.h), mean_preactivation_gradient(sample.gradient)
+    a = sample.record.input(sample.record.calls[0])
+    s = parts.input.query(mean_activation(inputs, a), *states)
+    learn_A(training, parts, group, states, [s], [parts.input.respond(inputs, a, s)])
+    learn_G(training, parts, group, states, *averaged_pairs([h], [Dh], states, group))
 
 
 @torch.no_grad()
-def _learn_kfac(optimizer: "kfqn.KFAC", layer: Layer, sight: Sight) -> None:
-    optimizer._take_in("Omega", {layer: second_moment(layer.inputs, sight.seen.input(sight.seen.uses[0]))})
-    optimizer._take_in("Gamma", {layer: second_moment_of_gradient(sight.gradient)})
+def _learn_kfac(optimizer: Kronecker, layer: Layer, sample: Sample) -> None:
+    a = sample.record.input(sample.record.calls[0])
+    take_in(optimizer.training, "Omega", {layer: second_moment(layer.inputs, a)})
+    take_in(optimizer.training, "Gamma", {layer: second_moment_of_gradient(sample.gradient)})
 
 
 @torch.no_grad()
-def _move(optimizer: "TwoPassOptimizer | kfqn.KFAC", layer: Layer) -> None:
-    moves, _ = optimizer._moves([layer])
-    optimizer._keep_averages([layer])
-    layer.add_(moves[layer].P, alpha=0.0)
+def _move(optimizer: Kronecker, layer: Layer) -> None:
+    proposals, _ = propose(optimizer.training, [layer])
+    keep_averages(optimizer.training, [layer])
+    layer.add_(proposals[layer].P, alpha=0.0)
 
 
 def _step_alone(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
