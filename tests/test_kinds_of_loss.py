@@ -26,8 +26,9 @@ def single_images(seed, steps):
 
 # Measured over 12 seeds: 0.004 to 0.117 where it begins at 1.06 to 1.16 and a guess has 1.10 (AdamW: 0.31 to
 # 0.98). The loss of all images is asked for, those of the steps are of one image each.
+@pytest.mark.filterwarnings("ignore:.*very small batches:RuntimeWarning")  # said where losses cannot judge
 @pytest.mark.parametrize("make", AUTOMATIC.values(), ids=AUTOMATIC)
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [0, 3])  # on which the first version ended at 0.61 and 1.47
 def test_batches_of_one_train(make, seed):
     model, x, y = single_images(seed, 150)
     optimizer, before = make(model), F.cross_entropy(model(x), y).item()
@@ -68,9 +69,9 @@ def tasks_in_turn(make, task_of, steps=100, seed=0):
 
     before = losses()
     for k in range(steps):
-        x = torch.randn(32, 12)
+        x, task = torch.randn(32, 12), task_of(k)
 
-        def closure(x=x, task=task_of(k)):
+        def closure(x=x, task=task):
             optimizer.zero_grad()
             loss = model.loss(x, task)
             loss.backward()
@@ -100,11 +101,10 @@ def test_tasks_in_turn_both_train(make, task_of):
         assert ended < 1.2 * theirs
 
 
-# In 5 seeds of 5, medians after 600 steps: 1.06 where random order ends at 0.28, curvature_interval=7 at 0.29 and
-# AdamW at 0.30; after 300, when gaps have been of ten for a while, 0.67, 0.32, 0.29 and 0.55.
-@pytest.mark.xfail(
-    strict=False, reason="gaps of ten: every judged step is of one task, and the other suffers"
-)
+# The classification over 5 seeds, medians after 600 steps: 1.06, where random order ends at 0.28,
+# curvature_interval=7 at 0.29 and AdamW at 0.30; after 300, when gaps have been of ten for a while,
+# 0.67, 0.32, 0.29 and 0.55. To be made strict, or a plain test, when that is mended.
+@pytest.mark.xfail(strict=False, reason="gaps of ten: every judged step is of one task, the other suffers")
 def test_tasks_in_turn_end_where_the_same_in_random_order_does():
     torch.manual_seed(0)
     drawn = torch.randint(2, (300,)).tolist()
