@@ -41,7 +41,7 @@ def vectors(module, a):
 
 @functools.cache
 def entries(shape, k, s, d):
-    """Which entries of an input (channels, *size) make a_t, (|T|, columns), one by one; and the shape of T."""
+    """Which entries of an input (channels, *size) make a_t, (|T|, columns), one by one; the shape of T."""
     numbers = torch.arange(math.prod(shape)).view(shape)
     T = [(n - di * (ki - 1) - 1) // si + 1 for n, ki, si, di in zip(shape[1:], k, s, d, strict=True)]
     rows = []
