@@ -164,7 +164,7 @@ def test_weights_of_16_bits_stay_in_their_range(dtype):
 @pytest.mark.filterwarnings(REFUSED, ANEW)
 @pytest.mark.parametrize("name", TWO_PASS)
 def test_no_point_of_the_paper_s_grid_ends_with_a_weight_that_is_not_finite(name):
-    """All 63, on real digits, where most large steps diverge; `benchmarks/armour.py` does it in full."""
+    """All 63, on real digits, where most large steps diverge; `benchmarks/` has all of it in full."""
     data = digits()
     ((x, y),) = data.in_order(data.train.first(96))
     refused = 0

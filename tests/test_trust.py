@@ -1,5 +1,6 @@
 """When losses can judge steps, how that is lost, and that training goes on without them."""
 
+import functools
 import itertools
 import math
 import random
@@ -166,13 +167,21 @@ def trained(build, way=plain, steps=200):
                 return way(model, x, y)
 
             optimizer.step(closure)
-            with torch.no_grad():
-                losses.append(F.mse_loss(model(x), y).item())
-    return sum(losses[-20:]) / 20, optimizer, [str(w.message) for w in caught]
+            if k >= steps - 20:
+                with torch.no_grad():
+                    losses.append(F.mse_loss(model(x), y).item())
+    return sum(losses) / 20, optimizer, [str(w.message) for w in caught]
 
 
 def untuned(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+@functools.cache
+def loss_without_faults(make):
+    """What training ends at where losses and gradients are what they should be."""
+    loss, *_ = trained(make)
+    return loss
 
 
 def multiple(share):
@@ -208,11 +217,10 @@ SERVED = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_where_losses_and_gradients_are_of_different_size_training_is_as_without(make, name):
-    free, *_ = trained(make)
     loss, optimizer, _ = trained(make, SERVED[name])
     adamw, *_ = trained(untuned, SERVED[name])
     assert optimizer.diagnostics()[""]["judging"] == 1
-    assert loss < 5 * free  # clipping by value changes the directions, too
+    assert loss < 5 * loss_without_faults(make)  # clipping by value changes the directions, too
     assert loss < adamw
 
 

@@ -199,11 +199,8 @@ def second_pass_of(sample: Sample) -> None:
 
 @torch.no_grad()
 def _learn_two_pass(optimizer: Kronecker, layer: Layer, sample: Sample) -> None:
-    training, states, (group,) = (
-        optimizer.training,
-        [optimizer.state[layer.weight]],
-        optimizer.param_groups[:1],
-    )
+    training, states = optimizer.training, [optimizer.state[layer.weight]]
+    group = training.groups.of(layer)
     parts, inputs = training.of(layer), training.inputs(layer)
     h, Dh = mean_preactivation(sample.h), mean_preactivation_gradient(sample.gradient)
     a = sample.record.input(sample.record.calls[0])

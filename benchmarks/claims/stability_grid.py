@@ -1,6 +1,7 @@
-"""Every point of the paper's grid (appendix B.2) on the digits, however hard: what becomes of the weights.
+r"""Every point of the paper's grid (appendix B.2) on the digits, however hard: what becomes of the weights.
 
-    python benchmarks/armour.py [--clip 1 ...] [--epochs 28] [--width 32] [--methods kfbfgs kflbfgs]
+    python -m benchmarks.claims.stability_grid [--clip 1 ...] [--epochs 28] [--width 32] \
+        [--methods kfbfgs kflbfgs]
 
 One run a point, one seed, one thread. Prints the training loss at the end of each run, n for a loss that
 is not finite, and how many runs had steps refused or factors reset; ends with status 1 if a weight is
@@ -17,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import kfqn
+from benchmarks.timing import epoch, evaluated, show_conditions
 from kfqn.race.entrants.grids import PRINTED
 from kfqn.race.problems.data import digits
 from kfqn.race.problems.models import small_all_cnn
-from kfqn.race.runs.conditions import conditions_of
 
 METHODS = {"kfbfgs": kfqn.KFBFGS, "kflbfgs": kfqn.KFLBFGS}
 
@@ -42,13 +43,8 @@ def run(method: str, lr: float, damping: float, clip: float | None, epochs: int,
     optimizer = METHODS[method](model, lr=lr, damping=damping, clip=clip)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for x, y in data.training_batches(256, generator):
-            optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
-    model.eval()
-    with torch.no_grad():
-        images = data.train
-        batches = list(data.in_order(images))
-        loss = sum(F.cross_entropy(model(x), y, reduction="sum").item() for x, y in batches) / len(images)
+        epoch(model, optimizer, data.training_batches(256, generator), F.cross_entropy)
+    loss = evaluated(model, data.in_order(data.train), F.cross_entropy)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     found = optimizer.diagnostics()
     resets = sum(int(layer["resets"]) for name, layer in found.items() if name)
@@ -65,8 +61,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
-    facts = conditions_of(torch.device("cpu")) | {"threads": "1", "epochs": str(options.epochs)}
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    show_conditions(threads=1, epochs=options.epochs)
     grid = PRINTED["kfbfgs"]
     all_finite = True
     for method in options.methods:

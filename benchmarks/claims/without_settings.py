@@ -1,7 +1,7 @@
 """Optimizers that need no settings against tuned ones, from the files of races.
 
     kfqn race --problem digits --optimizers kfbfgs:auto adam sgd ... --out FOLDER
-    python benchmarks/untuned.py FOLDER [FOLDER ...]
+    python -m benchmarks.claims.without_settings FOLDER [FOLDER ...]
 
 For every race a table in Markdown: the training loss at the end, epochs and seconds to the lowest loss that
 tuned SGD-m reaches (without one, to the common target), and the test error when the fastest to finish has

@@ -1,7 +1,8 @@
-"""The final loss of every optimizer over its whole grid, beside the one point of those that have no settings.
+r"""The final loss of every optimizer over its whole grid, beside the one point of those without settings.
 
     kfqn race --problem digits --optimizers kfbfgs:auto --out FOLDER
-    python benchmarks/sensitivity.py SWEEP.json FOLDER [SWEEP.json FOLDER ...] --out docs/sensitivity.png
+    python -m benchmarks.claims.sensitivity SWEEP.json FOLDER [SWEEP.json FOLDER ...] \
+        --out docs/sensitivity.png
 
 A panel for every pair of a file of `kfqn sweep` and a race of automatic optimizers on one of its problems, at
 the same scale. A dot is one point of a grid, the lowest training loss of its runs, means over its seeds; a

@@ -1,6 +1,6 @@
 """Ways to compute the parts of a step that were weighed against each other, in milliseconds.
 
-    python benchmarks/levers.py [--threads 2]
+    python -m benchmarks.cost.micro_benchmarks [--threads 2]
 
 Medians over interleaved rounds, on a 96-channel 3×3 layer on 32×32 images, batch 128; on one of 8 channels,
 batch 256; on a `Linear` layer of 4096 × 4096.
@@ -10,7 +10,6 @@ import argparse
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from benchmarks.timing import in_turn, show_conditions
 from kfqn.formulas.inputs import Inputs
 from kfqn.formulas.orthogonal import orthogonalised
 from kfqn.formulas.secant import bfgs_update_
 from kfqn.formulas.statistics import mean_activation, mean_preactivation, second_moment_matvec
 from kfqn.parameters.discovery import layers_of
-from kfqn.race.runs.conditions import conditions_of
 
 ROUNDS = 9
 
@@ -89,17 +88,6 @@ def rank_two_by_outer_products(H: Tensor, s: Tensor, y: Tensor) -> None:
     H.addr_(s, u).addr_(u, s)
 
 
-def median_milliseconds(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(ROUNDS + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -107,8 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    facts = conditions_of(torch.device("cpu")) | {"threads": str(options.threads)}
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    show_conditions(threads=options.threads)
 
     module = nn.Conv2d(96, 96, 3, padding=1)
     (layer,) = layers_of(module)
@@ -159,8 +146,9 @@ def main() -> None:
         "BFGS, side 1729, two addr_": lambda: rank_two_by_outer_products(H, s, s),
         "BFGS, side 1729, one addmm_ (kept)": lambda: bfgs_update_([H], s[None], s[None]),
     }
-    for name, milliseconds in median_milliseconds(ways).items():
-        print(f"  {name:<52}{milliseconds:8.2f} ms")
+    for name, measured in in_turn(ways, ROUNDS).items():
+        median = statistics.median(seconds for seconds, _ in measured)
+        print(f"  {name:<52}{1e3 * median:8.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Networks that no race has: KF-BFGS without settings beside torch's optimizers, SOAP and Muon.
 
-    python benchmarks/other_networks.py --data-dir DIR [--networks residual plain …] [--seeds 1]
+    python -m benchmarks.claims.unseen_networks --data-dir DIR [--networks residual plain …] [--seeds 1]
 
 2,560 images of CIFAR-10, augmented as in the race, no weight decay, one thread, few rates of each. A line is
 a run: the loss in evaluation at the end, the same with BatchNorm's statistics found anew, the test error, CPU
@@ -8,15 +8,16 @@ seconds, and the mean loss of every third epoch's batches.
 """
 
 import argparse
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS
 from torch import Tensor, nn
 
 import kfqn
+from benchmarks.claims.networks import NETWORKS
+from benchmarks.timing import Batches, epoch, evaluated
 from kfqn.race.entrants import peers
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.problems.data import Dataset
@@ -47,17 +48,13 @@ def loss_of(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target) if target.ndim > 1 else F.cross_entropy(output, target)
 
 
-@torch.no_grad()
-def evaluated(model: nn.Module, data: Dataset, reconstruct: bool) -> tuple[float, float]:
-    """The training loss and the test error."""
-    model.eval()
-    loss = wrong = 0.0
-    for x, y in data.in_order(data.train):
-        loss += loss_of(model(x), x if reconstruct else y).item() * len(x) / len(data.train)
-    test = data.test.first(IMAGES)
-    for x, y in data.in_order(test):
-        wrong += 0 if reconstruct else (model(x).argmax(1) != y).sum().item() / len(test)
-    return loss, wrong
+def with_targets(batches: Batches, reconstruct: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with the images as their own targets where these are to be reconstructed."""
+    return ((x, x if reconstruct else y) for x, y in batches)
+
+
+def share_of_errors(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) != target).double().mean()
 
 
 @torch.no_grad()
@@ -76,19 +73,21 @@ def run(network: str, name: str, rate: float, seed: int, epochs: int, data: Data
     reconstruct = network == "autoencoder"
     torch.manual_seed(seed)
     model, generator = build(), torch.Generator().manual_seed(seed)
-    optimizer, means, start = optimizer_of(name, rate, model), [], time.process_time()
+    optimizer, means, seconds = optimizer_of(name, rate, model), [], 0.0
     for _ in range(epochs):
-        model.train()
-        losses = []
-        for x, y in data.training_batches(batch, generator):
-            step = kfqn.closure(model, x, x if reconstruct else y, loss_of)
-            loss = optimizer.step(step)  # type: ignore[arg-type]
-            losses.append(torch.as_tensor(loss).item())
-        means.append(sum(losses) / len(losses))
-    seconds = time.process_time() - start
-    at_the_end, wrong = evaluated(model, data, reconstruct)
+        batches = with_targets(data.training_batches(batch, generator), reconstruct)
+        mean, taken = epoch(model, optimizer, batches, loss_of)
+        means.append(mean)
+        seconds += taken
+
+    def loss() -> float:
+        return evaluated(model, with_targets(data.in_order(data.train), reconstruct), loss_of)
+
+    at_the_end = loss()
+    tested = data.in_order(data.test.first(IMAGES))
+    wrong = 0.0 if reconstruct else evaluated(model, tested, share_of_errors)
     find_statistics_anew(model, data, batch, generator)
-    anew, _ = evaluated(model, data, reconstruct)
+    anew = loss()
     label = f"{name} {rate:g}" if rate else name
     course = " ".join(f"{mean:.3f}" for mean in means[2::3])
     found = f"{at_the_end:>9.3f}{anew:>9.3f}"

@@ -5,7 +5,7 @@ A small convolutional network with tanh on the digits: smooth (AS.1), inputs of 
 constant times K^(β−1), plus a term that falls faster; the gradient of the whole training set is
 computed at every step to see it.
 
-    python benchmarks/theorem_1.py --out docs/theorem-1.png
+    python -m benchmarks.claims.theorem_1 --out docs/theorem-1.png
 """
 
 import argparse
