@@ -66,8 +66,10 @@ class Race:
     @property
     def title(self) -> str:
         """The problem and how much of it."""
-        images = f", {self.config.train_size:,} images" if self.config.train_size else ""
-        return f"{PROBLEMS[self.config.problem].title}, width {self.config.width}{images}"
+        problem, config = PROBLEMS[self.config.problem], self.config
+        width = f", width {config.width}" if config.width != problem.width else ""
+        images = f", {config.train_size:,} images" if config.train_size else ""
+        return f"{problem.title}{width}{images}"
 
     @property
     def seeds(self) -> int:
@@ -295,8 +297,8 @@ def cell(s: Standing | None, ours: Standing) -> str:
     """Loss and error at the end, and our seconds to its lowest loss over its own."""
     if s is None:
         return "–"
-    error = finite(100 * last(s, "test_error")[0], ".3g")
-    told = f"{finite(last(s, s.measure.loss)[0], '.2g')}, {error} %"
+    error = finite(100 * last(s, "test_error")[0], ".1f")
+    told = f"{finite(last(s, s.measure.loss)[0], '.3g')}, {error} %"
     if s is ours:
         return told
     times = [x.reached(s.lowest, s.measure.time) for x in (ours, s)]
