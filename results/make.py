@@ -119,7 +119,8 @@ def collect(folder: Path, name: str, note: str) -> Path:
     runs.sort(key=lambda run: (run.config.entrant, str(run.config.settings), run.config.seed))
     ends = [run.end() or {} for run in runs]
     config, own_configs = factored([asdict(run.config) for run in runs])
-    conditions, own_conditions = factored([end.get("conditions", {}) for end in ends])
+    known = next((end["conditions"] for end in ends if end.get("conditions")), {})
+    conditions, own_conditions = factored([end.get("conditions") or known for end in ends])
     lines = []
     for run, end, settings, others in zip(runs, ends, own_configs, own_conditions, strict=True):
         kept: dict[str, Any] = settings | {"status": end["status"]}
@@ -193,13 +194,19 @@ def table(race: Race) -> list[str]:
     measure, ours, target = race.field[0].measure, race.ours, common_target(race.field)
     unit = measure.second
     lines = [
-        row("optimizer", "training loss", "test error, %", unit, f"to {target:.3g}", "to its lowest : ours"),
+        row(
+            "optimizer",
+            "training loss",
+            "test error, %",
+            unit,
+            f"to {finite(target, '.3g')}",
+            "to its lowest : ours",
+        ),
         row(*["---"] * 6),
     ]
     for s in race.field:
         loss, error = last(s, measure.loss), last(s, "test_error")
-        own = finite(s.reached(s.lowest, measure.time), ".3g")
-        same = finite(ours.reached(s.lowest, measure.time), ".3g") if ours else "–"
+        own, same = (finite(time, ".3g") for time in to_lowest(s, ours or s))
         label = f"**{s.label}**" if s is ours else s.label
         lines.append(
             row(
@@ -208,10 +215,17 @@ def table(race: Race) -> list[str]:
                 number(100 * error[0], 100 * error[1], ".1f", ".1f"),
                 finite(last(s, measure.time)[0], ".3g"),
                 finite(s.reached(target, measure.time), ".3g"),
-                own if s is ours else f"{own} : {same}",
+                own if s is (ours or s) else f"{own} : {same}",
             )
         )
     return lines
+
+
+def to_lowest(s: Standing, ours: Standing) -> tuple[float, float]:
+    """Seconds to the lowest loss of an optimizer, its own and ours; ∞ where most of its runs were lost."""
+    if not math.isfinite(s.lowest):
+        return math.inf, math.inf
+    return s.reached(s.lowest, s.measure.time), ours.reached(s.lowest, s.measure.time)
 
 
 def compared(race: Race, key: str) -> dict[str, list[str]]:
@@ -242,13 +256,14 @@ def verdict(race: Race) -> str:
     times = {"shorter than": list[str](), "not shorter than": list[str]()}
     for s in race.field:
         if s is not ours and math.isfinite(s.lowest):
-            first = ours.reached(s.lowest, measure.time) < s.reached(s.lowest, measure.time)
-            times["shorter than" if first else "not shorter than"].append(name_of(s))
+            own, same = to_lowest(s, ours)
+            times["shorter than" if same < own else "not shorter than"].append(name_of(s))
     leader = min(race.field, key=lambda s: s.reached(target, measure.time))
+    first = f"First at {target:.3g}: {name_of(leader)}" if math.isfinite(target) else "Nobody learned"
     told = [("loss", compared(race, measure.loss)), ("test error", compared(race, "test_error"))]
     told += [("time to the lowest loss of each", times)]
-    parts = [f"*{what}* {classes(found)}" for what, found in told]
-    return f"Ours: {'; '.join(parts)}. First at {target:.3g}: {name_of(leader)}."
+    parts = [f"*{what}* {classes(found)}" for what, found in told if found]
+    return f"Ours: {'; '.join(parts)}. {first}."
 
 
 def classes(found: dict[str, list[str]]) -> str:
@@ -287,7 +302,7 @@ def section(race: Race, usual: str) -> list[str]:
 def page(races: Sequence[Race]) -> str:
     """docs/results.md."""
     ((usual, _),) = Counter(map(machine, races)).most_common(1)
-    lines = ["# Results", "", *wrapped(f"{INTRODUCTION} {usual}.")]
+    lines = ["# Results", "", *wrapped(f"{INTRODUCTION.strip()} {usual}.")]
     for race in races:
         lines += ["", *section(race, usual)[:-1]]
     return "\n".join(lines) + "\n"
@@ -295,14 +310,14 @@ def page(races: Sequence[Race]) -> str:
 
 def cell(s: Standing | None, ours: Standing) -> str:
     """Loss and error at the end, and our seconds to its lowest loss over its own."""
-    if s is None:
-        return "–"
+    if s is None or not math.isfinite(s.lowest):
+        return "–" if s is None else "lost"
     error = finite(100 * last(s, "test_error")[0], ".1f")
-    told = f"{finite(last(s, s.measure.loss)[0], '.3g')}, {error} %"
+    told = f"{finite(last(s, s.measure.loss)[0], '.3g')}, {error}"
     if s is ours:
         return told
-    times = [x.reached(s.lowest, s.measure.time) for x in (ours, s)]
-    return f"{told}, {finite(times[0] / times[1], '.2g')}"
+    own, same = to_lowest(s, ours)
+    return f"{told}, {finite(same / own, '.2g')}"
 
 
 def claims(races: Sequence[Race]) -> str:

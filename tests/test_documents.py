@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kfqn.race.runs import Config, Run
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path
@@ -85,3 +87,38 @@ def test_every_entry_of_the_notebook_is_in_its_index_and_says_what_it_has_to():
         assert text.splitlines()[2].startswith(f"{entry.name[:10]} · ")
         assert "kept:" in text.split("\n\n")[1].replace("\n", " ")
         assert "**Question.**" in text
+
+
+def test_a_race_at_any_scale_with_lost_runs_makes_a_section(tmp_path, monkeypatch):
+    """On a GPU seconds count; who is lost stays in the table, and claims nothing."""
+    shared = {"problem": "cifar10-allcnn", "epochs": None, "budget": 60.0, "evaluated": 10_000, "width": 96}
+    shared |= {"batch_size": 128, "weight_decay": 5e-4, "train_size": None, "device": "cuda", "threads": 1}
+    rivals = {"soap": {"lr": 0.01, "beta": 0.8}, "sgd": {"lr": 1e3}}
+    for entrant, settings in {"kfbfgs:auto": {}, **rivals}.items():
+        run = Run.create(tmp_path / "runs", Config(entrant=entrant, settings=settings, seed=0, **shared))
+        losses = [2.0, 1.0, 0.5] if entrant != "soap" else [1.9, 1.4]
+        epochs = [
+            {"epoch": n, "train_loss": loss, "average_loss": loss, "test_error": loss / 4}
+            | {"cpu_seconds": 9.0 * n, "seconds": 1.0 * n}
+            for n, loss in enumerate(losses, start=1)
+        ]
+        lost = {"status": "diverged", "reason": "the loss was nan"}
+        run.write([*epochs, lost if entrant == "sgd" else {"status": "finished", "conditions": {}}])
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+    race = make.read(make.collect(tmp_path, "large", "one H100"))
+    text = make.page([race])
+    assert max(map(len, text.splitlines())) < 120
+    assert "## CIFAR-10, All-CNN-C\n" in text
+    assert "60 CPU seconds" in text
+    assert "| **KF-BFGS, auto** | 0.5 | 12.5 | 3 | 2 | 3 |" in text
+    assert "| SOAP (lr 0.01, beta 0.8) | 1.4 | 35.0 | 2 | 2 | 2 : 2 |" in text
+    assert "| SGD-m (lr 1000), 1 diverged | – | – | – | – | – : – |" in text
+    assert "*loss* lower than SOAP, SGD-m; " in text
+    assert make.claims([race]).splitlines()[-1] == (
+        "| CIFAR-10, All-CNN-C | 0.5, 12.5 | lost | – | 1.4, 35.0, 1 |"
+    )
+    command = json.loads((tmp_path / "large.json").read_text(encoding="utf-8"))["command"]
+    assert command == (
+        "kfqn race --problem cifar10-allcnn --budget 60.0 --device cuda --seeds 1 "
+        "--optimizers kfbfgs:auto sgd:lr=1000 soap:lr=0.01,beta=0.8"
+    )
