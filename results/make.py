@@ -119,7 +119,7 @@ def collect(folder: Path, name: str, note: str) -> Path:
     runs.sort(key=lambda run: (run.config.entrant, str(run.config.settings), run.config.seed))
     ends = [run.end() or {} for run in runs]
     config, own_configs = factored([asdict(run.config) for run in runs])
-    known = next((end["conditions"] for end in ends if end.get("conditions")), {})
+    known: dict[str, Any] = next((end["conditions"] for end in ends if end.get("conditions")), {})
     conditions, own_conditions = factored([end.get("conditions") or known for end in ends])
     lines = []
     for run, end, settings, others in zip(runs, ends, own_configs, own_conditions, strict=True):
