@@ -1,4 +1,4 @@
-"""The parts that an optimizer is made of, and which ones the settings of a group choose."""
+"""The parts that an optimizer is made of, and which ones the settings of a group choose (`docs/parts.md`)."""
 
 from dataclasses import dataclass, fields, replace
 from typing import final

@@ -96,7 +96,7 @@ def learn_G(
     rows = Rows.of(s)
     s_G, y_G, Hy_G = map(rows.join, (s, y, Hy))
     ratio = dot(s_G, y_G) / dot(y_G, Hy_G)
-    if parts.curved_only:  # a pair without curvature says nothing
+    if parts.curved_only:  # one without curvature says nothing (M19)
         s_G, y_G, Hy_G = (torch.where(ratio > 0, x, 0.0) for x in (s_G, y_G, Hy_G))
     damped = double_damping(s_G, y_G, Hy_G, mu1=group["mu1"], mu2=mu2)  # line 17
     used = output.learn_(states, rows, *damped)  # line 18

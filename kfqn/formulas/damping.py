@@ -20,7 +20,7 @@ LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
 
 def damping_A(A: Tensor, for_each: Tensor) -> Tensor:
-    """λ_A, (*g,), of A (*g, C, C); 1 where nothing has come in yet.
+    """λ_A, (*g,), of A (*g, C, C), (M16); 1 where nothing has come in yet.
 
     ``for_each``, (), is how many a_t a mini-batch has for each of their entries (all, where A is in blocks).
     """
@@ -32,7 +32,7 @@ def damping_A(A: Tensor, for_each: Tensor) -> Tensor:
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
-    """λ_G, (*g, 1), with a pair (*g, I) averaged in: all of it the first time, where ``lambda_G`` is 0.
+    """λ_G, (*g, 1), with a pair (*g, I) averaged in, (M18): all of it the first time, where it is 0.
 
     ``steps``, (*g, 1), have been taken before; a pair without a size leaves λ_G as it was.
     """

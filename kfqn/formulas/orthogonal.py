@@ -32,7 +32,7 @@ class _Part(NamedTuple):
 
 
 def orthogonalised(directions: Sequence[Tensor], largest: int | None) -> list[Tensor]:
-    """Every P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was.
+    """Every P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was, (M2).
 
     The groups *g are diagonal blocks of one matrix. A P with more than ``largest`` rows and columns is cut
     into blocks of at most half as many rows, each for itself: a whole one would cost more than a pass over a

@@ -99,9 +99,9 @@ class Automatic(StepRule):
         if not moving:
             return Plan(dict.fromkeys(own, 1.0), will_judge, at, Promise(0.0, 0.0, 0.0, 0.0))
         mean = math.exp(statistics.fmean(map(math.log, moving)))
-        even = {layer: mean / usual[layer] if usual[layer] > 0 else 0.0 for layer in own}
+        even = {x: mean / usual[x] if usual[x] > 0 else 0.0 for x in own}  # (M4)
         if trust.lost:
-            _keep(members, search._replace(rate=WITHOUT_LOSSES / mean))
+            _keep(members, search._replace(rate=WITHOUT_LOSSES / mean))  # (M22)
             shares = {layer: even[layer] * longer[layer] for layer in own}
             return Plan(shares, promise=Promise(0.0, 0.0, 0.0, WITHOUT_LOSSES))
         found = search.rate * mean or FIRST * TRUSTED / len(own)
@@ -205,7 +205,7 @@ def _factor(search: Search, group: Group) -> float:
 
 
 def _usual(members: Members, proposals: Mapping[Layer, Proposal], trust: Trust) -> dict[Layer, float]:
-    """‖P‖ of every layer that moves as a share of its size, the largest of late; kept in its group."""
+    """‖P‖ of every layer that moves as a share of its size, the largest of late; kept in its group (M3)."""
     usual = {}
     for group, layers, _ in members:
         before = group["progress"]["usual"] or (0.0,) * len(layers)

@@ -61,7 +61,7 @@ class Averaged(GradientAverage):
 @final
 @dataclass(frozen=True)
 class Nesterov(GradientAverage):
-    """The same, with the mini-batch's gradient averaged in once more: Nesterov's momentum."""
+    """The same, with the mini-batch's gradient averaged in once more: Nesterov's momentum, (M1)."""
 
     keeps = True
 

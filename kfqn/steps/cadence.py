@@ -1,4 +1,8 @@
-"""Which steps factors learn from: young ones from many, old ones from each ``curvature_interval``-th."""
+"""Which steps factors learn from (M17): young ones from many, old ones from each ``curvature_interval``-th.
+
+Without learning at every one of the first steps young factors meet bold steps, and settings that are good at
+every step diverge. Between, weights move with H_A and H_G as they are, and there is one pass, unrecorded.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

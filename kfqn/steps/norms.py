@@ -1,4 +1,4 @@
-"""Layers whose scale changes nothing, because their output is normalised: the loss does not see ‖W‖.
+"""Layers whose scale changes nothing, because their output is normalised: the loss does not see ‖W‖ (M20).
 
 Every step makes such a W longer, and steps that are shares of ‖W‖ make it grow without bound, by about a
 percent each time. Running statistics of BatchNorm, averages over steps, then lag behind what they describe,

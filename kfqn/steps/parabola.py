@@ -11,7 +11,7 @@ by its own step than all batches have gained in some steps of late.
 
 Where the loss comes no lower any more, what is left are steps about in the noise of batches: they are halved.
 
-Nothing here knows of networks or tensors; `kfqn.self_tuning` takes the steps. All is invariant to the
+Nothing here knows of networks or tensors; `kfqn.steps.automatic` takes the steps. All is invariant to the
 scale of the loss, and to constants added to it.
 """
 
@@ -52,7 +52,7 @@ FORGOTTEN = 0.95  # of how far a layer's direction reaches is left a step later
 
 
 def within_bounds(share: float, layers: int) -> float:
-    """By what share of its size each layer moves, where the parabola asks for ``share``.
+    """By what share of its size each layer moves, where the parabola asks for ``share`` (M6).
 
     Beyond what is trusted the geometric mean of both: what relative changes of ``layers`` layers do to the
     output multiplies, which one batch may not show, but a lowest point that is far away is no accident.
@@ -62,12 +62,12 @@ def within_bounds(share: float, layers: int) -> float:
 
 
 def bounded(share: float, layers: int) -> float:
-    """The share that the parabola asks for, kept from zero and infinity however it came to be."""
+    """The share that the parabola asks for, kept from zero and infinity however it came to be (M5)."""
     return min(max(share, LEAST_REACH / layers), MOST_REACH / layers)
 
 
 def left_by_gain(search: "Search", reach: float) -> float:
-    """How much is left of a step of ρ D = ``reach``, so that its own batch gains no more than all do."""
+    """How much is left of a step of ρ D = ``reach``, so that its own batch gains no more than all do (M7)."""
     return max(LEAST_LEFT, search.gain_bound / reach) if 0 < search.gain_bound < reach else 1.0
 
 
@@ -132,14 +132,14 @@ def judged(search: Search, sample: Sample) -> tuple[Search, float]:
     change = sample.slope + curved  # of the loss, without what other parameters contribute
     if not (rho > 0 and sample.D > 0):
         return search._replace(steps_since_trial=0, force_trial=False), 1.0
-    a = -sample.regularised / rho / sample.D
+    a = -sample.regularised / rho / sample.D  # (M8)
     c = 2 * curved / rho**2 / sample.D if abs(curved) > sample.resolution else 0.0
     usual = search.descent / search.weight if search.weight else max(a, 0.0)
     if not foreign and change > max(REJECTED * rho * sample.D * max(usual, LEAST_DESCENT), sample.resolution):
-        lowest = SHARE * max(usual, a) / c if c > 0 else 0.0
+        lowest = SHARE * max(usual, a) / c if c > 0 else 0.0  # (M12)
         share = -sample.slope / (2 * curved) if curved > 0 else 0.0
         return _rejected(search, max(rate * CUT, min(rate / 2, lowest))), min(0.5, max(0.0, share))
-    decay = max(LEAST_DECAY, DECAY**search.steps_since_trial)
+    decay = max(LEAST_DECAY, DECAY**search.steps_since_trial)  # (M9)
     search = search._replace(
         descent=decay * search.descent + (1 - decay) * a,
         curvature=decay * search.curvature + (1 - decay) * c,
@@ -147,7 +147,7 @@ def judged(search: Search, sample: Sample) -> tuple[Search, float]:
     )
     wanted, growth = _wanted(search, rate)
     limited = search.limited or wanted < rate * growth
-    overshot = sample.slope < 0 and change > OVERSHOT * sample.slope
+    overshot = sample.slope < 0 and change > OVERSHOT * sample.slope  # (M11)
     if overshot and c > 0:
         wanted = min(wanted, max(rate / 2, SHARE * a / c))
     if change > 0:
@@ -157,12 +157,12 @@ def judged(search: Search, sample: Sample) -> tuple[Search, float]:
         lengths=RECENT * search.lengths + (1 - RECENT) * rho * sample.D,
     )
     return search._replace(
-        rate=wanted, limited=limited, steps_since_trial=0, force_trial=False, gain_bound=_most(search)
+        rate=wanted, limited=limited, steps_since_trial=0, force_trial=False, gain_bound=_gain_bound(search)
     ), 1.0
 
 
-def _most(search: Search) -> float:
-    """ρ D of a step whose own batch would gain as much as all batches have of late."""
+def _gain_bound(search: Search) -> float:
+    """ρ D of a step whose own batch would gain as much as all batches have of late (M13)."""
     if search.losses < USUAL or not search.gains > 0:
         return 0.0
     passed = search.losses * (1 / (2 + OLDER) - 1 / (2 + NEWER))  # between the two averages
@@ -171,7 +171,7 @@ def _most(search: Search) -> float:
 
 
 def _wanted(search: Search, rate: float) -> tuple[float, float]:
-    """The next rate by the averaged parabola, within how fast it may change, and the most it may grow."""
+    """The next rate by the averaged parabola, within how fast it may change, and its largest growth (M10)."""
     doubles = not search.limited and search.steps <= DOUBLING_STEPS
     growth = 2.0 if doubles else min(GROWTH**search.steps_since_trial, MOST_GROWTH)
     least = rate / min(GROWTH**search.steps_since_trial, MOST_SHRINKING)
@@ -194,7 +194,7 @@ def _rejected(search: Search, rate: float) -> Search:
 
 
 def far_above(search: Search, loss: float) -> bool:
-    """Whether the loss of a batch shows that the step before it, which was not judged, went wrong."""
+    """Whether the loss of a batch shows that the step before it, which was not judged, went wrong (M14)."""
     return search.unverified and search.losses >= USUAL and loss - search.loss > NOISE * search.noise > 0
 
 
@@ -220,7 +220,7 @@ def with_loss(search: Search, loss: float) -> Search:
 
 
 def _patient(search: Search, loss: float) -> Search:
-    """Halve the steps where the loss has not become lower for too long: what is left is the noise of batches.
+    """Halve the steps where the loss has not become lower for too long, in the noise of batches (M15).
 
     No horizon has to be known. In p of n batches the progress Δ since the last halving would go on by Δ p/n,
     and an average over p is known to σ/√p; patience is the p at which the first is many times the second.

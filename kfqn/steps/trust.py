@@ -1,4 +1,4 @@
-"""Whether losses can judge steps: what is checked, how trust in them is lost, and what is said then.
+"""Whether losses can judge steps: what is checked, how trust in them is lost, and what is said then (M21).
 
 A judged step compares the loss of its batch before and after with the slope ⟨∇f, ΔW⟩ of the gradients that
 were stepped with. That asks three things of a training loop: the same batch gives the same loss, the loss
