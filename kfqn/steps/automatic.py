@@ -191,10 +191,11 @@ def _check(members: Members, plan: Plan, trial: Trial) -> None:
     trust, search = trust_of(members), search_of(members)
     change = trial.after - trial.before
     found = math.nan if plan.at > 0 and trial.coarse else change  # lost in the rounding of such weights
-    args = plan.at, found, trial.slope_of_all, trial.before, trial.resolution
-    after = trusting.checked(trust, *args)
+    largest = max(abs(trial.before), abs(trial.after))
+    whole = trial.resolution * max(1.0, abs(trust.first) / largest) if largest else math.inf
+    after = trusting.checked(trust, plan.at, found, trial.slope_of_all, trial.before, whole)
     _believe(members, after)
-    descent = search.descent * after.ratio / trust.ratio  # of gradients as they now come
+    descent = search.descent * (after.ratio / trust.ratio if not trust.varies else 1.0)
     _keep(members, search_of(members)._replace(descent=descent))
     plan.at = trusting.point(after) if after.checks == 1 else 1.0
 

@@ -58,16 +58,25 @@ class BothTogether(Cadence):
         return 0
 
 
+def is_met(k: int, gap: int) -> bool:
+    """Whether step k is one of those that are ``gap`` steps apart, or one more: two in three gaps are as long.
+
+    Tasks or batches that take turns in a period of their own are all met then, and not the same one each time.
+    """
+    third = 3 * gap + 1
+    return gap == 1 or k % third in (0, gap, 2 * gap)
+
+
 @final
 @dataclass(frozen=True)
 class InputsOftener(Cadence):
     """H_A learns oftener than H_G at first: what it asks for is the first pass, which is there anyway."""
 
     def inputs(self, k: int, interval: int, trial: bool) -> bool:
-        return trial or k % gap(k, interval) == 0 or k % pair_gap(k, interval) == 0
+        return trial or is_met(k, gap(k, interval)) or is_met(k, pair_gap(k, interval))
 
     def pairs(self, k: int, interval: int, trial: bool) -> bool:
-        return k % pair_gap(k, interval) == 0
+        return is_met(k, pair_gap(k, interval))
 
     def after_reset(self, pairs: bool) -> int:
         return 0 if pairs else -1  # then the next step is the first

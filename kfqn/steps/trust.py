@@ -43,6 +43,8 @@ class Trust(NamedTuple):
     ratio: float = 1.0  # of what losses do to what slopes say
     checks: int = 0  # done so far; every second one is of the slope, all where the ratio is not 1
     wait: int = 0  # second passes until the next
+    fitting: int = 0  # checks in a row that found nothing
+    varies: bool = False  # whether the ratio ever was another than 1
     doubts: int = 0
     rejected: int = 0
     missed: int = 0
@@ -57,7 +59,7 @@ def point(trust: Trust) -> float:
     """How far along the step the next second pass is to be run: 1 judges it, less is a check."""
     if trust.wait > 0:
         return 1.0
-    return ON_THE_WAY if trust.checks % 2 or trust.ratio != 1 else 0.0
+    return ON_THE_WAY if trust.checks % 2 or trust.varies else 0.0
 
 
 def passed(trust: Trust) -> Trust:
@@ -91,14 +93,11 @@ def _doubted(trust: Trust) -> Trust:
 
 
 def _next(trust: Trust) -> Trust:
-    """With the time of the next check."""
-    if trust.checks < 2:  # one of either kind
-        wait = 0
-    elif trust.doubts or trust.ratio != 1:
-        wait = 1
-    else:
-        wait = min(LONGEST_WAIT, 2**trust.checks)
-    return trust._replace(wait=wait)
+    """With the time of the next check: clipping, once seen, comes and goes with the size of gradients."""
+    varies = trust.varies or trust.ratio != 1
+    fitting = 0 if trust.doubts or trust.ratio != 1 else trust.fitting + 1
+    wait = min(LONGEST_WAIT, 2 ** (fitting // 2 if varies else fitting))
+    return trust._replace(fitting=fitting, varies=varies, wait=wait if trust.checks >= 2 else 0)
 
 
 def with_verdict(trust: Trust, rejected: bool) -> Trust:
