@@ -23,9 +23,9 @@ lint: $(VENV)/installed-dev
 peers: $(VENV)/installed-peers
 
 bench: $(VENV)/installed-peers
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/levers.py
-	$(BIN)/python benchmarks/calls.py
+	$(BIN)/python -m benchmarks.cost.step_time
+	$(BIN)/python -m benchmarks.cost.micro_benchmarks
+	$(BIN)/python -m benchmarks.cost.calls
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

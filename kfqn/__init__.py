@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfqn.closures import closure
     from kfqn.convergent import ConvergentKFLBFGS
+    from kfqn.kf_bfgs import KFBFGS, KFLBFGS
     from kfqn.kfac import KFAC
-    from kfqn.quasi_newton import KFBFGS, KFLBFGS
+    from kfqn.optimizer import Kronecker
+    from kfqn.parts import Parts
 
-__all__ = ["KFAC", "KFBFGS", "KFLBFGS", "ConvergentKFLBFGS", "closure"]
+__all__ = ["KFAC", "KFBFGS", "KFLBFGS", "ConvergentKFLBFGS", "Kronecker", "Parts", "closure"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "KFAC": "kfac",
-    "KFBFGS": "quasi_newton",
-    "KFLBFGS": "quasi_newton",
+    "KFBFGS": "kf_bfgs",
+    "KFLBFGS": "kf_bfgs",
+    "Kronecker": "optimizer",
+    "Parts": "parts",
     "ConvergentKFLBFGS": "convergent",
     "closure": "closures",
 }

@@ -1,24 +1,22 @@
 """The variant of KF-BFGS(L) whose convergence is proved: Algorithms 3 and 4 of Ren and Goldfarb."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import nn
 
-from kfqn.curvature import damped_inverse, second_moment
-from kfqn.groups import Group, State
-from kfqn.layers import Layer
-from kfqn.others import Others, adamw
-from kfqn.pairs import pushed
-from kfqn.rows import Rows
-from kfqn.secant import dot, double_damping, lbfgs_matmul
-from kfqn.settings import checked_settings
-from kfqn.two_pass import TwoPassOptimizer
+from kfqn.curvature.input_factor import BatchInverse
+from kfqn.curvature.output_factor import LBFGS
+from kfqn.optimizer import Kronecker
+from kfqn.parameters.fallback import Others, adamw
+from kfqn.parameters.settings import checked_settings
+from kfqn.parts import Parts
+from kfqn.quasi_newton import QuasiNewton
+from kfqn.steps.average import NoAverage
 
 
 @final
-class ConvergentKFLBFGS(TwoPassOptimizer):
+class ConvergentKFLBFGS(Kronecker):
     r"""KF-BFGS(L) as in the paper's Theorem 1: Algorithm 3, with the damping of Algorithm 4.
 
     It differs from `KFLBFGS` in three places. The gradient is the mini-batch's own, without
@@ -43,8 +41,6 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
     Raises:
         TypeError, ValueError: as `KFBFGS`.
     """
-
-    _reads = True
 
     def __init__(
         self,
@@ -76,46 +72,14 @@ class ConvergentKFLBFGS(TwoPassOptimizer):
             clip=clip,
             curvature_interval=curvature_interval,
         )
-        super().__init__(model, settings, others, groups, process_group, shard_factors, error_if_nonfinite)
-
-    def _shapes(self, layer: Layer, group: Group) -> dict[str, tuple[int, ...]]:
-        g, rows, columns, p = layer.groups, layer.rows, layer.columns, group["history_size"]
-        shapes = {"H_A": (*g, columns, columns), "s_G": (*g, rows), "y_G": (*g, rows)}
-        return shapes | {"S": (*g, p, rows), "Y": (*g, p, rows)}
-
-    def _start_G(self, state: State) -> None:
-        """An empty history already stands for I (line 1)."""
-
-    def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        return layer.DW(gradients, self._decay(group), group["bias_decay"])  # without momentum
-
-    def _beta(self, group: Group) -> float | None:
-        return None
-
-    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:  # line 6
-        return lbfgs_matmul(state["S"], state["Y"], DW @ state["H_A"])
-
-    def _probe(self, mean_a: Tensor, state: State) -> Tensor:
-        return mean_a  # nothing is asked with it: A itself is wanted
-
-    def _answer(self, layer: Layer, a: Tensor, s: Tensor) -> Tensor:
-        return second_moment(layer.inputs, a)
-
-    def _answer_shape(self, layer: Layer) -> tuple[int, ...]:
-        return (*layer.groups, layer.columns, layer.columns)
-
-    def _learn_A(self, s: list[Tensor], answers: list[Tensor], states: list[State], group: Group) -> None:
-        for A, state in zip(answers, states, strict=True):
-            try:
-                state["H_A"].copy_(damped_inverse(A, math.sqrt(group["damping"])))  # line 11
-            except ValueError:  # inputs too large for a second moment; the last H_A stays
-                self._count(state, {"A skipped": 1})
-            else:
-                self._count(state, {"A taken": 1})
-
-    def _learn_G(self, s: list[Tensor], y: list[Tensor], states: list[State], group: Group) -> None:
-        rows, mu2 = Rows.of(s), math.sqrt(group["damping"])
-        s_G, y_G = rows.join(s), rows.join(y)
-        ratio = dot(s_G, y_G) / dot(y_G, y_G)
-        damped = double_damping(s_G, y_G, y_G, mu1=group["mu1"], mu2=mu2)  # line 14, Algorithm 4: H = I
-        self._note_G(states, rows, ratio, ratio < group["mu1"], pushed(states, rows, *damped))  # line 15
+        super().__init__(
+            model,
+            QuasiNewton(),
+            Parts(input=BatchInverse(), output=LBFGS(identity=True), average=NoAverage()),
+            settings,
+            groups=groups,
+            others=others,
+            process_group=process_group,
+            shard_factors=shard_factors,
+            error_if_nonfinite=error_if_nonfinite,
+        )

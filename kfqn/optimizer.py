@@ -1,78 +1,68 @@
-"""The step that every method here takes: look at a mini-batch, move the weights, look again, learn.
-
-What differs between the methods is left to a few holes: what is watched, the state a layer
-starts with, the direction, and what is learnt of the two factors.
-"""
+"""The optimizer: Algorithm 2 of Ren and Goldfarb, the loop, whatever parts it is made of."""
 
 import contextlib
-import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from kfqn.capture import Look
-from kfqn.factors import LayersSeen
-from kfqn.layers import Layer
-from kfqn.moves import Move, are_finite
-from kfqn.second_pass import Rewind, start_of
-from kfqn.update import UpdatingOptimizer
+from kfqn import diagnostics, first_pass, second_pass, starts, update
+from kfqn.parameters.fallback import Others
+from kfqn.parameters.groups import Group, Groups
+from kfqn.parameters.layers import Layer
+from kfqn.parts import Parts
+from kfqn.second_pass import Handle
+from kfqn.training import Curvature, Training, shapes_of
+from kfqn.weights import averaged_weights
+
+_DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": {"k": 0, "refused": 0, "drawn": 0}}
+_SAVED = ("_groups", "_curvature", "_parts", "_shard", "_error_if_nonfinite")
 
 
-def _nothing() -> None:
-    """Without a closure that is put back where a pass through the model starts."""
+class Kronecker(torch.optim.Optimizer):
+    """An optimizer with two Kronecker factors a layer, made of parts: W ← W − α H_G D̂W H_A.
 
+    `KFBFGS`, `KFLBFGS`, `ConvergentKFLBFGS` and `KFAC` choose the parts of a method, and add nothing else.
 
-@dataclass
-class Memory:
-    """What has to be known from the first pass of a step to the end of its second.
+    Args:
+        model: the network, as for `KFBFGS`.
+        curvature: what passes are run for curvature, and what is made of them.
+        parts: those that are not to be what settings choose (`kfqn.parts.chosen`).
+        settings: by name, what a group has unless it is told otherwise; checked already.
+        groups, others, process_group, shard_factors, error_if_nonfinite: as for `KFBFGS`.
 
-    One object that is changed in place: Lightning hands out optimizers that share its attributes, but
-    not what is assigned to them later.
+    A step of one process waits for the device once, to see that loss, gradients and directions are finite,
+    when all of them have been asked for. What a group keeps while running is its ``progress``.
+
+    Raises:
+        TypeError, ValueError: as `KFBFGS`.
     """
 
-    loss: Tensor | None = None  # of the first pass, if a closure told
-    rewind: Rewind = _nothing  # to where the closure started
-    rewinds: list[Rewind] = field(default_factory=list)  # to where each pass through the model started
-    since: int = 0  # the first micro-batch that the closure runs, and so will run again
-    stepped: bool = False  # whether there was a step since the last second pass
-    used_once: set[Layer] = field(default_factory=set)  # in the last pass that was learnt from
-    whole: bool = False  # whether second passes can do with no less than the first
-    broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
-
-    def forget_starts(self) -> None:
-        """Let go of copies of buffers."""
-        self.rewind = _nothing
-        self.rewinds.clear()
-
-
-class KroneckerOptimizer(UpdatingOptimizer):
-    """An optimizer with two Kronecker factors a layer, which looks at each mini-batch twice.
-
-    A step of one process waits for the device once, to see that loss, gradients and directions are sound,
-    when all of them have been asked for.
-    """
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._memory = Memory()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._watch.forget()
-        self._memory.stepped = False
-        self._memory.used_once.clear()
-
-    @abstractmethod
-    def _check_closure(self, closure: Any) -> None:
-        """Raise TypeError or ValueError for a closure that cannot be used, before it is called."""
-
-    @abstractmethod
-    def _learn(self, seen: LayersSeen, closure: Any) -> None:
-        """After the step: look again with the closure if there is one, and take in both looks."""
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature,
+        parts: Parts,
+        settings: Mapping[str, Any],
+        *,
+        groups: Sequence[Mapping[str, Any]],
+        others: Others,
+        process_group: Any,
+        shard_factors: bool,
+        error_if_nonfinite: bool,
+    ) -> None:
+        self._groups = Groups(model, type(self).__name__, others)
+        self._curvature, self._parts = curvature, parts
+        self._shard, self._error_if_nonfinite = shard_factors, error_if_nonfinite
+        super().__init__([{"params": []}], {**_DEFAULTS, **settings})
+        self.param_groups.clear()
+        self._groups.bind(self)
+        self._groups.start(groups, super().add_param_group, self._shapes)
+        if process_group is None and isinstance(model, DistributedDataParallel):
+            process_group = model.process_group
+        self._begin(process_group, set())
 
     @overload  # type: ignore[override]
     def step(self, closure: None = None) -> None: ...
@@ -90,10 +80,10 @@ class KroneckerOptimizer(UpdatingOptimizer):
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
         calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
         KFAC's first step without a warm start, and now and then to check losses that judge steps) and must
-        use the same batch every time; what else it must
-        and may do: `kfqn.closure`. All runs but the first leave no trace in the model (`kfqn.second_pass`).
-        Several forward passes, each followed by its backward pass, are micro-batches of one batch. A
-        layer that the batch gives no gradient is left as it is, and of an empty batch all are.
+        use the same batch every time; what else it must and may do: `kfqn.closure`. All runs but the first
+        leave no trace in the model (`kfqn.passes.replay`). Several forward passes, each followed by its
+        backward pass, are micro-batches of one batch. A layer that the batch gives no gradient is left as it
+        is, and of an empty batch all are.
 
         Without a closure the gradients are those that are there, and nothing is learnt before `second_pass`.
 
@@ -107,203 +97,180 @@ class KroneckerOptimizer(UpdatingOptimizer):
         call shows it, weights and state are then as before. If the second fails, the step is taken but
         nothing is learnt from it.
         """
-        self._check_factors()
-        loss, self._memory.rewind, self._memory.since = None, _nothing, 0
-        self._memory.loss = None
-        if closure is not None:
-            self._check_closure(closure)
-            loss = self._first_call(closure)
-        if self._watch.empty and not self._watch.ran and self._ranks.size == 1:
-            self._step_of_others()
+        training = self.training
+        loss = first_pass.run(training, closure)  # line 5
+        if first_pass.was_empty(training):
+            update.step_of_fallback(training, self._error_if_nonfinite)
             return loss
         closure = closure if loss is not None else None
-        seen = self._move(loss, closure)
-        elsewhere = self._ranks.size > 1 and self._watch.first  # another process may have seen layers
-        try:
-            if seen or (seen is not None and elsewhere):
-                self._learn(seen, closure)
-        finally:  # the step has been taken
-            self._watch.look_first(self._next_look())
-        return loss
-
-    def _next_look(self) -> Look | None:
-        """What is to be kept of the next first pass, if anything is to be learnt from it."""
-        return self._full_look()
-
-    def _first_call(self, closure: Callable[[], Any]) -> Tensor | None:
-        """The loss, from a pass that is watched; None from a closure that does nothing, as Lightning's."""
-        watch, before = self._watch, self._watch.ran or self._watch.waiting
-        watch.ran, self._memory.since = False, watch.next_batch
-        if watch.first is not None:  # there will be a second pass
-            self._memory.rewind = start_of(self._model, {layer.weight.device for layer in self._layers})
-        watch.in_closure = True
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            watch.in_closure = False
-        ran = watch.ran
-        watch.ran |= before and (watch.empty or loss is None)  # of micro-batches before
-        if loss is None and not ran:
-            self._memory.rewind, self._memory.since = _nothing, 0
-            return None
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"the closure given to {self._name}.step must return the loss as a tensor, but "
-                f"returned {type(loss).__name__}: end it with 'return loss'."
-            )
-        if loss.numel() != 1:
-            raise ValueError(
-                f"the closure given to {self._name}.step must return the loss as one number, its mean over "
-                f"the batch, but returned a tensor of shape {tuple(loss.shape)}: end it with 'return "
-                "loss.mean()'."
-            )
-        if before and not (ran or watch.empty or watch.blind):
-            raise RuntimeError(
-                f"the closure given to {self._name}.step ran no layer, while the model ran before it: the "
-                "closure is called again after the step, so compute the loss and call backward inside it, or "
-                "call step() without one."
-            )
-        self._memory.loss = loss.detach()
-        return loss
-
-    def _step_of_others(self) -> None:
-        """The step of a batch that was empty for every layer: only other parameters may have gradients."""
-        self._watch.forget()
-        self._memory.stepped = False
-        if self._others is not None and self._goes_on(float(self._signs(None, [])), None, []):
-            self._others.step()
-
-    def _move(self, loss: Tensor | None, closure: Any) -> LayersSeen | None:
-        """Update the weights; what was seen of every layer that moved, or None if nothing did."""
-        ran, seen = self._watch.ran, self._watch.take()
-        if closure is not None and not seen and not ran:
-            raise RuntimeError(self._nothing_ran)
-        self._meet()
-        layers = self._with_gradients(seen)
-        if closure is not None and not layers:
-            raise RuntimeError(
-                f"the closure given to {self._name}.step left no gradient on any layer: call "
-                "loss.backward() inside it, on a loss that depends on the model."
-            )
-        self._memory.stepped = bool(layers)
-        missing, signs = self._missing(layers), self._signs(loss, layers)
-        moves, told = self._moves([] if missing else layers, signs=signs)
-        finite, *known = told
-        sound = self._goes_on(finite, loss, layers)
-        if self._went_wrong(sound, *known):
-            moves.clear()  # what takes their place are steps back
-            self._undo()
-            return None
-        if not sound:
-            return None
+        records, layers = first_pass.collect(training, closure)  # line 6: DW is in .grad
+        missing, signs = training.states.missing(layers), first_pass.signs(training, loss, layers)
+        proposals, told = update.propose(training, [] if missing else layers, signs=signs)  # lines 7 and 8
+        f0 = told[1] if loss is not None else None
+        valid = first_pass.is_valid(training, told[0], loss, layers, self._error_if_nonfinite)
+        if training.went_wrong(valid, f0):
+            proposals.clear()  # what takes their place are steps back
+            update.undo(training)
+            valid = False
+        if not valid:
+            training.record_next()
+            return loss
         if missing:
-            self._start_from(missing, seen, closure)
-            moves, _ = self._moves(layers)
-        self._note_loss(*known)
-        self._update(layers, moves, seen, closure)
-        return {layer: seen[layer] for layer in layers if layer in seen}
+            starts.start_from(training, missing, records, closure)  # line 2
+            proposals, _ = update.propose(training, layers)
+        training.observe(f0)
+        due = training.is_due
+        proposals = starts.with_sound_factors(training, proposals, records, closure)
+        update.take(training, layers, proposals, due)  # line 9
+        try:
+            moved = {layer: records[layer] for layer in layers if layer in records}
+            if moved or (training.ranks.size > 1 and training.recorder.first):  # others may have seen layers
+                training.curvature.learn(training, moved, closure)  # lines 10 to 18
+        finally:  # the step has been taken
+            training.record_next()
+        return loss
 
-    def _with_gradients(self, seen: LayersSeen) -> list[Layer]:
-        """The layers that got a gradient."""
-        layers = []
-        for layer in self._layers:
-            gradients = layer.gradients()
-            if not gradients:
-                continue
-            unseen = layer not in seen and self._watch.first and self._ranks.size == 1
-            if unseen and not any(g.any() for g in gradients):
-                if not self.state.get(layer.weight):  # torch.distributed.checkpoint asks for states this way
-                    self._enter(layer, self._empty_state(layer))
-                continue
-            layers.append(layer)
-        return layers
+    @property
+    def second_pass_due(self) -> bool:
+        """Whether a second pass over the last step's batch is learnt from (``curvature_interval``)."""
+        return bool(self.training.context.firsts)
 
-    def _values(self, loss: Tensor | None, layers: Iterable[Layer]) -> list[Tensor]:
-        """All that has to be finite."""
-        others = self._others.param_groups if self._others is not None else []
-        gradients_of_others = (p.grad for group in others for p in group["params"])
-        values = [g.coalesce().values() if g.is_sparse else g for g in gradients_of_others if g is not None]
-        values = [g for g in values if g.numel()]
-        values += (g for layer in layers for g in layer.gradients())
-        return values + ([] if loss is None else [loss.detach()])
+    @contextlib.contextmanager
+    def second_pass(
+        self, loss: Tensor | float | None = None, *, loss_scale: float = 1.0, gradients: bool = False
+    ) -> Iterator[Handle]:
+        """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
-    def _signs(self, loss: Tensor | None, layers: Iterable[Layer]) -> Tensor:
-        """1 if all is finite, as far as a norm tells, and the loss, if a closure told."""
-        like = self._layers[0].empty()
-        signs = [are_finite(self._values(loss, layers) or [like.new_zeros(1)], 2.0)]
-        signs += [] if loss is None else [loss.detach().reshape(())]
-        return torch.stack([sign.to(like) for sign in signs])
+        For a training loop without closures::
 
-    def _goes_on(self, finite: float, loss: Tensor | None, layers: Iterable[Layer]) -> bool:
-        """Whether the step can be taken, given the mean over the processes of the first of `_signs`.
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            if optimizer.second_pass_due:
+                with optimizer.second_pass(loss) as again:
+                    again.loss = F.cross_entropy(model(x), y)
+                    again.loss.backward()
 
-        If not, that is counted, or FloatingPointError raised.
+        The pass leaves no trace in the model (`kfqn.passes.replay`); dropout draws the masks of the first.
+        Micro-batches are run again in the same order. ``loss`` and ``again.loss`` are the losses of the whole
+        batch in either pass, of micro-batches their sum; only an automatic step size needs them.
+        ``loss_scale`` is the factor that both passes' losses were multiplied with before ``backward``, that
+        of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
+
+        No parameter requires a gradient inside and ``.grad`` stays None; where only the loss is wanted, as
+        mostly with an automatic step size, ``backward`` computes nothing. `torch.autograd.grad` with respect
+        to anything else works as ever. A loss that needs gradients of parameters has them, at the
+        price of a first pass, with ``gradients=True``; they are dropped afterwards.
+
+        Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
+        no step was taken before, nothing ran inside, or a loss that is needed is missing.
         """
-        if finite == 1 or self._ranks.all(are_finite(self._values(loss, layers), math.inf)):
-            return True
-        message = "the loss or a gradient is not finite, so the step was refused and nothing was changed"
-        if self._error_if_nonfinite:
-            raise FloatingPointError(f"{message}: look for too large a learning rate or bad data.")
-        for group in self._own_groups():
-            group["refused"] += 1
-        self._warn(f"{message}; this is said once, and diagnostics() counts how often it happens.")
-        return False
+        with second_pass.again(self.training, loss, loss_scale, gradients) as handle:
+            yield handle
 
-    def _went_wrong(self, sound: bool, *loss: float) -> bool:
-        """Whether this batch, its loss if told, shows that the last step is to be taken back."""
-        return False
+    @torch.no_grad()
+    def warm_start(self, batches: Iterable[Any]) -> None:
+        """Start every layer from means over ``batches``: line 2 of Algorithm 2, line 1 of Algorithm 5.
 
-    def _undo(self) -> None:
-        """Take the last step back."""
+        ``batches`` yields inputs of the model: a tensor, or a tuple or list of positional
+        arguments, the batch in the first dimension; or closures from `kfqn.closure`, which
+        `KFAC` needs. The model is in the mode it is in; its buffers, BatchNorm's running
+        statistics among them, do not move, nor do gradients. Earlier state of the layers that
+        ran is dropped. Without a warm start, layers start from their first mini-batch.
+        With several processes each gives its own batches, as many as the others.
 
-    def _note_loss(self, *loss: float) -> None:
-        """Take in the loss of a batch whose step is taken, if a closure told."""
-
-    def _update(
-        self, layers: Sequence[Layer], moves: dict[Layer, Move], seen: LayersSeen, closure: Any
-    ) -> None:
-        """Move every parameter; a layer whose factors turn out to be broken starts anew first, if it can."""
-        waiting = self._memory.broken if self._ranks.size == 1 else set()
-        broken = [layer for layer, move in moves.items() if not move.sound or layer in waiting]
-        self._memory.broken.clear()
-        if broken:
-            self._reset(broken, seen, closure)
-            moves |= self._moves(broken)[0]
-        sound = {layer: move for layer, move in moves.items() if move.sound}  # the rest is left where it is
-        scales = self._scales(sound)
-        for group in self._own_groups():
-            group["k"] += bool(layers)
-        self._keep_averages([layer for layer in layers if self._owns(layer)])
-        rates = self._rates()
-        for layer, move in sound.items():
-            self._apply(layer, move, rates[self._places[layer]], scales[layer])
-        self._note_moves(
-            {layer: rates[self._places[layer]] * scales[layer] * move.norm for layer, move in sound.items()}
-        )
-        if self._others is not None:
-            self._others.step()
-
-    def _reset(self, layers: Sequence[Layer], seen: LayersSeen, closure: Any) -> None:
-        """Start these layers anew from this mini-batch; what is averaged over steps is kept.
-
-        One whose inputs are too large even for that keeps its state, and does not move; nor does one whose
-        inputs are not there, which starts anew from the next mini-batch.
+        Raises ValueError without batches, and RuntimeError if no layer ran; state is
+        then as it was.
         """
-        for group in (self._group(layer) for layer in layers):
-            group["k"] = 0  # young factors: see `curvature_interval`
-        for layer in layers:
-            self._memory.broken.add(layer)
-            old = self.state.get(layer.weight, {})
-            kept = {key: old[key] for key in ("DW", "lambda_G", "step", "counts", "last") if key in old}
-            with contextlib.suppress(ValueError):
-                if (layer in seen and seen[layer].has_inputs) or self._ranks.size > 1:
-                    self._start_from([layer], seen, closure)
-                    if self._owns(layer):
-                        self._enter(layer, self.state[layer.weight] | kept)
-                        self._count(self.state[layer.weight], {"resets": 1})
-                    self._memory.broken.discard(layer)
-        self._warn(
-            f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
-            "once, and diagnostics() counts how often it happens."
+        starts.warm_start(self.training, batches)
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What the factors of every layer are doing, by the layer's name.
+
+        Counts since the start: ``steps``, and what the method counts, always among them ``resets``, how
+        often the layer started anew because a factor was no longer positive. Of the last step:
+        ``update``, the norm of α P, and ``ratio``, sᵀy/yᵀHy before damping (of the group where it is
+        smallest; 0 for a method without). Now: the Frobenius norm of every factor. The entry ``""`` has
+        ``refused``, how many steps were refused because a loss or gradient was not finite.
+
+        With an automatic rate ``""`` also has ``rejected``, how many steps were taken back; ``rate``, α;
+        ``plateau factor``, what halvings have left of the steps that are found; ``judging``, 1 while losses
+        decide on steps and 0 where they cannot; and ``ratio``, of what losses change by to what the
+        gradients that were stepped with say.
+        """
+        return diagnostics.report(self.training)
+
+    def plan(self) -> str:
+        """A table of what happens to every trainable parameter: its rule, its shape, its factors' bytes."""
+        return self._groups.plan(self._shapes)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """With ``averaging``, put the averaged weights in the model while inside; without, nothing."""
+        with averaged_weights(self.training):
+            yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.training.recorder.drop()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Train more of the model, for example what was frozen when the optimizer was made.
+
+        ``param_group`` has either ``"modules"``, a module of the model, its name, or a list of these,
+        each with all below it; or ``"params"``, parameters of the model. Layers whose weight is among
+        them get factors, the rest goes to the other parameters and keeps the settings of ``others``; with
+        ``"first_order": True`` everything does. What else it holds are settings: of layers, or with
+        ``"first_order"`` of the optimizer of the other parameters. A bias is in the group of its weight;
+        where the groups given to the constructor have it in another one, that may differ in its
+        ``weight_decay`` alone, which the bias keeps (``bias_decay``).
+
+        Raises ValueError, with nothing changed, for a name or module that is not the model's, for
+        an unknown setting or a value out of range, if nothing is left to add, for a layer too wide for whole
+        factors, and for a model that is sharded.
+        """
+        if "training" not in self.__dict__:
+            super().add_param_group(param_group)  # torch's constructor
+            return
+        before = {*self._groups.layers}
+        self._groups.join([self._groups.read(param_group)], super().add_param_group, self._shapes)
+        self.training.refresh()
+        self.training.recorder.add([layer for layer in self._groups.layers if layer not in before])
+        self.training.recorder.record_first(self.training.full_spec())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state saved by `state_dict`: copied, and in each layer's own `dtype`.
+
+        A history of another size is taken as it is, and its ``history_size`` with it. A setting that a group
+        was saved without is this optimizer's default. Raises ValueError, with nothing changed, for the state
+        of another method, another model or an earlier version.
+        """
+        training = self.training
+        saved = training.states.loaded(state_dict)
+        super().load_state_dict(saved)
+        self._groups.bind(self)
+        training.states.take(saved)
+        if self._groups.fallback is not None:
+            self._groups.fallback.__setstate__({})  # what its own class makes of an earlier version's groups
+        training.restart()
+
+    def _shapes(self, layer: Layer, group: Group) -> Mapping[str, tuple[int, ...]]:
+        return shapes_of(self._curvature, self._parts, layer, group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for `copy.deepcopy` and `pickle`; torch would leave the model and the layers out."""
+        kept = {key: self.__dict__[key] for key in _SAVED}
+        return super().__getstate__() | kept | {"_warned": self.training.warned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it here, and our groups do not have it
+        self._groups.bind(self)
+        if "training" not in self.__dict__:
+            self._begin(None, self.__dict__.pop("_warned"))
+
+    def _begin(self, process_group: Any, warned: set[str]) -> None:
+        """What is not saved: hooks, and the memory of the last pass."""
+        self.training = Training(
+            self._groups, self._curvature, self._parts, process_group, self._shard, warned
         )

@@ -1,139 +1,116 @@
-"""A forward-backward pass that leaves no trace in the model, for line 10 of Algorithm 2."""
+"""The second pass over a batch, after its step (lines 10 and 11 of Algorithm 2), and what follows from it."""
 
 import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Rewind = Callable[[], None]
+from kfqn.curvature.secants import learn_from
+from kfqn.passes.replay import second_pass
+from kfqn.passes.spec import LOSS_ALONE, LOSS_WITHOUT_GRADIENTS, PassSpec
+from kfqn.state import full_precision, unsynchronised
+from kfqn.training import Training
+from kfqn.trial import check_told, judging, on_the_way, stays
 
-
-def random_state(devices: Iterable[torch.device]) -> Rewind:
-    """Remember where random numbers are: torch's on the CPU and on ``devices``, Python's and NumPy's.
-
-    The result puts them back. Of NumPy the global state is meant, if anybody has imported it; generators of
-    somebody's own are not known here.
-    """
-    cpu, python = torch.get_rng_state(), random.getstate()
-    states = {
-        device: torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-        if device.type != "cpu"
-    }
-    numpy: Any = sys.modules.get("numpy.random")
-    of_numpy = numpy.get_state(legacy=False) if numpy is not None else None
-
-    def rewind() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        for device, state in states.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        if of_numpy is not None:
-            numpy.set_state(of_numpy)
-
-    return rewind
+_NO_GRADIENTS = (
+    "This happened in a second pass, where parameters require no gradient and .grad is None: leave out what "
+    "only works with them, or write optimizer.second_pass(loss, gradients=True)."
+)
 
 
-def start_of(model: nn.Module, devices: Iterable[torch.device]) -> Rewind:
-    """Remember what a pass starts from beside the weights: the random state and the model's buffers.
+@final
+@dataclass
+class Handle:
+    """What `Kronecker.second_pass` gives: a place for the loss inside it."""
 
-    Queues, code books and running statistics are such buffers, which a pass moves. The result puts both back.
-    """
-    rewinds = random_state(devices), buffers_of(model)
-
-    def rewind() -> None:
-        for each in rewinds:
-            each()
-
-    return rewind
+    loss: Tensor | float | None = None
 
 
 @contextlib.contextmanager
-def second_pass(model: nn.Module, rewind: Rewind, *, frozen: bool = True) -> Iterator[None]:
-    """Run another pass over the same batch as if it had never been run.
-
-    Inside, ``rewind`` has put random state and buffers back to where the first pass started, so
-    dropout draws the same mask and a queue holds what it held; every ``.grad`` is None; and if ``frozen`` no
-    parameter requires a gradient, so none is computed for weights. Afterwards ``.grad``, buffers (the running
-    statistics of BatchNorm among them) and the random state are what they were before,
-    also when the pass fails. Buffers are copied, parameters are not.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in parameters]
-    advance = random_state({p.device for p in parameters})
-    with unmoved_buffers(model):
+def again(
+    training: Training, loss: Tensor | float | None, loss_scale: float, gradients: bool
+) -> Iterator[Handle]:
+    """See `Kronecker.second_pass`."""
+    context, recorder, handle = training.context, training.recorder, Handle()
+    if not context.stepped and not recorder.waiting and not recorder.ran:
+        raise RuntimeError(
+            "second_pass learns from the step just taken, but there was none since the last: call "
+            f"{training.groups.name}.step() first."
+        )
+    if context.firsts:
+        check_told(training, loss)
+    firsts = dict(context.firsts)
+    context.firsts.clear()
+    context.stepped = recorder.ran = False
+    pairs = any(first.h_Dh for first in firsts.values())
+    frozen = not (gradients or context.with_gradients)
+    with (
+        on_the_way(training),
+        second_pass(training.groups.model, context.rewind, frozen=frozen),
+        torch.enable_grad(),
+        unsynchronised(recorder.data_parallel),
+        recorder.recording(_spec(training, pairs, frozen), context.rewinds) as records,
+    ):
         try:
-            for p in parameters:
-                p.requires_grad_(not frozen)
-                p.grad = None
-            rewind()
-            yield
-        finally:
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.requires_grad_(True)
-                p.grad = gradient
-            advance()
+            yield handle
+        except Exception as error:
+            if frozen:
+                error.add_note(_NO_GRADIENTS)
+            raise
+        ran = recorder.ran
+    context.forget_starts()
+    if firsts and not (records if pairs else ran) and training.ranks.size == 1:
+        done = "computed no gradient" if ran else "ran no layer"
+        raise RuntimeError(
+            f"the second pass {done}, so the step was taken without learning from it: it must do "
+            "the same as the first, in a closure as in second_pass()."
+        )
+    with torch.no_grad(), full_precision(training.groups.layers):
+        if stays(training, loss, handle.loss):
+            learn_from(training, firsts, records, float(loss_scale))
 
 
-@contextlib.contextmanager
-def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer of the model back afterwards: the same tensor with the same content."""
-    restore = buffers_of(model)
-    try:
-        yield
-    finally:
-        restore()
+def _spec(training: Training, pairs: bool, frozen: bool) -> PassSpec:
+    """What is kept of the pass: h̄ and Dh̄ for pairs; else the loss alone is wanted."""
+    if pairs or not frozen:
+        return replace(training.curvature.full_spec(training), reduced=None, inputs=False, frozen=frozen)
+    return LOSS_ALONE if training.recorder.differentiated else LOSS_WITHOUT_GRADIENTS
 
 
-def buffers_of(model: nn.Module) -> Rewind:
-    """Remember every buffer of the model, the tensor and its content; the result puts both back.
+def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
+    """The second pass of a closure, which need not be made for passes without gradients of weights.
 
-    The content of one that shares the memory of a parameter is the parameter's, and left alone.
+    If it fails in one, because it works with such gradients itself, it is run again with them, and so
+    are all second passes from now on.
     """
-    # Version counters do not tell which buffers moved: BatchNorm's kernels do not count.
-    before = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    of_parameters = {_memory(p) for p in model.parameters()} if before else set()
-    written = [b for *_, b in before if not _is_expanded(b) and _memory(b) not in of_parameters]
-    contents = [torch.empty_like(buffer) for buffer in written]
-    _copy(written, contents)
-
-    def restore() -> None:
-        _copy(contents, written)
-        for module, name, buffer in before:
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-
-    return restore
-
-
-@torch.no_grad()
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy each source into its target; those of one kind together."""
-    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for source, target in zip(sources, targets, strict=True):
-        of_kind = kinds.setdefault((target.device, target.dtype), ([], []))
-        of_kind[0].append(source)
-        of_kind[1].append(target)
-    for of_one_kind in kinds.values():
-        torch._foreach_copy_(of_one_kind[1], of_one_kind[0])
-
-
-def _memory(x: Tensor) -> Any:
-    """What tells whether tensors share memory; of one whose entries are nowhere, itself."""
+    context, returned = training.context, False
+    firsts = dict(context.firsts)
+    with_pairs = [layer for layer, first in firsts.items() if first.h_Dh]
     try:
-        return x.untyped_storage().data_ptr() or id(x)
-    except (NotImplementedError, RuntimeError):  # sparse, lazy, or of a subclass that hides it
-        return id(x)
+        with again(training, context.loss, 1.0, gradients=False) as handle:
+            handle.loss = closure()
+            if not context.with_gradients and training.recorder.misses(with_pairs):
+                raise RuntimeError(_NO_GRADIENTS)
+            returned = True
+    except Exception:
+        if returned or context.with_gradients:
+            raise
+        context.stepped = True
+        context.firsts.update(firsts)
+        with again(training, context.loss, 1.0, gradients=True) as handle:
+            handle.loss = closure()
+        context.with_gradients = True
 
 
-def _is_expanded(buffer: Tensor) -> bool:
-    """Whether entries share memory, so that nothing can have written to it."""
-    return any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
+def check_losses(training: Training, closure: Callable[[], Any]) -> None:
+    """Run the closure as often as is needed before the second pass to know what its losses are worth."""
+    context = training.context
+    firsts, rewind = dict(context.firsts), context.rewind
+    while judging(training) is not None and context.flight.judged and context.flight.judged[1].at < 1:
+        context.firsts.clear()
+        closure_pass(training, closure)
+        context.stepped, context.rewind = True, rewind
+        context.firsts.update(firsts)

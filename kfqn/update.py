@@ -1,24 +1,119 @@
-"""The update of the weights: a direction for every layer, how much of it is taken, and taking it."""
+"""The update of the weights: a proposal for every layer, how much of it is taken, and taking it.
+
+Directions are asked for before anything is read: `propose` waits for the device once.
+"""
 
 import itertools
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfqn.factors import FactoredOptimizer
-from kfqn.graphs import Graphs
-from kfqn.groups import Group, State, lasting
-from kfqn.layers import Layer, average_DW_
-from kfqn.moves import Move, judged
-from kfqn.settings import momentum
+from kfqn import first_pass
+from kfqn.parameters.groups import Group, State, lasting, note
+from kfqn.parameters.layers import Layer, average_DW_
+from kfqn.parameters.settings import l2
+from kfqn.state import full_precision
+from kfqn.steps.rule import Plan, Proposal
+from kfqn.training import Training
+from kfqn.trial import measure
 
 Average = Callable[[Layer, Sequence[Tensor], State, Group], Tensor]
 
-
 _SMALL = 2**16  # numbers in the weights that are worked on together
+
+
+def propose(
+    training: Training, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None
+) -> tuple[dict[Layer, Proposal], list[float]]:
+    """The steps of these layers before they are taken; P is empty where the factors are elsewhere (line 8).
+
+    ``average`` tells what the directions are taken of, if not of the part of that name. With ``signs`` also
+    their means over the processes, read with the rest.
+    """
+    states, ranks = training.states, training.ranks
+    directions = {layer: layer.empty() for layer in layers}
+    own: dict[Layer | None, Tensor] = {} if signs is None else {None: signs}
+    for layer, P, norms in _directions(training, [*filter(states.owns, directions)], average):
+        directions[layer], own[layer] = P, norms
+    if not own and ranks.size == 1:
+        return {}, []
+    sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
+    sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
+    shapes = {key: (size,) for key, size in sizes.items()}
+    shared = ranks.means(own, shapes, training.groups.layers[0].empty())
+    numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
+    read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
+    rates = training.rates()
+    proposals = {
+        layer: proposal(layer, rates[training.groups.places[layer]], P, *read[layer])
+        for layer, P in directions.items()
+    }
+    return proposals, read.get(None, [])
+
+
+def proposal(
+    layer: Layer, rate: float, P: Tensor, slope: float, norm: float, norm_DW: float, *norms_W: float
+) -> Proposal:
+    """A positive H has ⟨P, D̂W⟩ ≥ 0, up to rounding; weights must stay in the range of their type."""
+    norm_W = math.hypot(*norms_W)
+    rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
+    length, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
+    is_valid = math.isfinite(slope) and slope >= -rounding and length < limit
+    return Proposal(P, slope, norm, norm_W, max(norm_W, 0.1 * math.sqrt(layer.outputs)), is_valid)
+
+
+def _directions(
+    training: Training, layers: Sequence[Layer], average: Average | None
+) -> Iterable[tuple[Layer, Tensor, Tensor]]:
+    """P of every layer, with ⟨P, D̂W⟩, ‖P‖, ‖D̂W‖ and the norms of its parameters as one tensor."""
+    places, states = training.groups.places, [training.states.of(layer) for layer in layers]
+    groups = {place: lasting(training.groups.param_groups[place]) for place in training.chosen}
+    gradients = {layer: layer.gradients() for layer in layers}
+
+    def of(given: Sequence[Tensor]) -> list[Tensor]:
+        rest, results = iter(given), []
+        for some in _small_together(layers):
+            own = {layer: [*itertools.islice(rest, len(gradients[layer]))] for layer in some}
+            results += _of_some(training, {x: groups[places[x]] for x in some}, own, average)
+        return results
+
+    given = [*itertools.chain(*gradients.values())]
+    with full_precision(training.groups.layers):
+        if average is not None:  # a rare step back
+            found: Sequence[Tensor] = of(given)
+        else:
+            kept = [x for layer in layers for x in layer.parameters()]
+            kept += [x for state in states for x in state.values()]
+            found = training.graphs.run("directions", of, given, kept, (layers, groups))
+    return zip(layers, found[::2], found[1::2], strict=True)
+
+
+def _of_some(
+    training: Training,
+    groups: Mapping[Layer, Group],
+    gradients: Mapping[Layer, Sequence[Tensor]],
+    average: Average | None,
+) -> list[Tensor]:
+    """P and norms of each of these layers, in turn (lines 7 and 8)."""
+    averages, directions, results = {}, {}, []
+    for layer, group in groups.items():
+        state = training.states.of(layer)
+        averages[layer] = (average or training.of(layer).average.of)(layer, gradients[layer], state, group)
+        directions[layer] = training.curvature.direction(training, averages[layer], layer)
+    alike: dict[object, list[Layer]] = {}
+    for layer, group in groups.items():
+        alike.setdefault((training.of(layer).direction, group.get("max_factor_size")), []).append(layer)
+    for members in alike.values():
+        largest = groups[members[0]].get("max_factor_size")
+        found = training.of(members[0]).direction.of([directions[layer] for layer in members], largest)
+        directions.update(zip(members, found, strict=True))
+    for layer, DW in averages.items():
+        P = directions[layer]
+        norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
+        results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+    return results
 
 
 def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
@@ -36,161 +131,113 @@ def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield some
 
 
-class UpdatingOptimizer(FactoredOptimizer):
-    """W ← W − α P for every layer, with P of the averaged gradient and the two factors.
+def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, Proposal], due: bool) -> None:
+    """W ← W − α P for every layer (line 9), and the step of the fallback; the rules say how much of P.
 
-    Directions are asked for before anything is read: `_moves` waits for the device once.
+    ``due`` says that a second pass follows.
     """
+    groups, flight = training.groups, training.context.flight
+    training.states.forget_lengths({*groups.layers} - {*layers})
+    for rule, members in training.rules:
+        flight.plans[rule] = rule.plan(members, proposals, due)
+    judged = flight.judged
+    for group in groups.own():
+        note(group, k=group["progress"]["k"] + bool(layers))
+    keep_averages(training, [layer for layer in layers if training.states.owns(layer)])
+    shares = {layer: share for plan in flight.plans.values() for layer, share in plan.shares.items()}
+    rates = training.rates()
+    for layer, own in proposals.items():
+        _apply(training, layer, own, rates[groups.places[layer]], shares[layer])
+    _note_steps(
+        training,
+        {x: rates[groups.places[x]] * shares[x] * own.norm for x, own in proposals.items()},
+    )
+    if groups.fallback is not None:
+        if judged is not None:
+            moving = [p for of in groups.fallback.param_groups for p in of["params"] if p.grad is not None]
+            flight.before.update({p: p.clone() for p in moving})
+        groups.fallback.step()
+    for rule, members in training.rules:
+        rule.taken(members, flight.plans[rule], {x: own.norm_W for x, own in proposals.items()})
+    if judged is not None:
+        measure(training, judged[0], proposals)
 
-    def _begin(self) -> None:
-        super()._begin()
-        self._graphs = Graphs()
 
-    @abstractmethod
-    def _average(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        """What the direction is taken of: D̂W, (*g, I, C), with this mini-batch's gradients and `_decay` × W.
+def step_of_fallback(training: Training, raises: bool) -> None:
+    """The step of a batch that was empty for every layer."""
+    fallback = training.groups.fallback
+    training.recorder.forget()
+    training.context.stepped = False
+    if fallback is not None:
+        finite = float(first_pass.signs(training, None, []))
+        if first_pass.is_valid(training, finite, None, [], raises):
+            fallback.step()
 
-        The state is not changed: nobody knows yet whether the step is taken. Like `_direction` it may run on
-        a GPU from a record (`kfqn.graphs`), so ``group`` holds `lasting` settings only.
-        """
 
-    def _beta(self, group: Group) -> float | None:
-        """β of D̂W ← β D̂W + (1 − β) DW, kept as ``DW`` in the state; None if no average is kept."""
-        return momentum(group)
+def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
+    """Average the gradients into every D̂W that is kept, before W moves (line 7)."""
+    for place, parts in training.chosen.items():
+        group = training.groups.param_groups[place]
+        beta = parts.average.beta(group)
+        of_group = [layer for layer in layers if training.groups.places[layer] == place]
+        if beta is not None:
+            kept = {layer: training.states.of(layer)["DW"] for layer in of_group}
+            average_DW_(kept, beta, l2(group), group["bias_decay"])
 
-    @abstractmethod
-    def _direction(self, DW: Tensor, layer: Layer, state: State, group: Group) -> Tensor:
-        """P in W ← W − α P, (*g, I, C), from D̂W."""
 
-    def _finish(self, directions: list[Tensor], groups: Sequence[Group]) -> None:
-        """Put in the places of several P, given the group of each, what becomes of them."""
+def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: float) -> None:
+    """W ← (1 − decay) W − α P of one layer; of a judged step P is then where W is kept."""
+    group, parts, flight, P = training.groups.of(layer), training.of(layer), training.context.flight, own.P
+    momentum = parts.average.momentum(group)
+    if not training.states.owns(layer):
+        P = layer.W()
+    elif momentum:
+        P = training.states.of(layer)["DW"].mul_(momentum).add_(P, alpha=share)
+    P = P.contiguous()
+    training.ranks.send(P, training.states.owners.get(layer))
+    W = layer.W() if flight.judged is not None else None
+    shrinking = _shrinking(training, layer, flight.plans[parts.steps])
+    if shrinking:
+        layer.shrink_(shrinking, group["bias_decay"])
+    layer.add_(P, -rate if momentum else -rate * share)
+    if W is not None:
+        flight.before.update(layer.parts(W if momentum else P.copy_(W)))
 
-    def _momentum(self, group: Group) -> float:
-        """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
-        return 0.0
 
-    def _decay(self, group: Group) -> float:
-        """What times W is added to gradients: L2 regularisation."""
-        return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+def _shrinking(training: Training, layer: Layer, plan: Plan) -> float:
+    """The share of W that decoupled weight decay takes."""
+    group, rule = training.groups.of(layer), training.of(layer).steps
+    decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+    return rule.decay_rate(dict(training.rules)[rule], group, plan) * decay if decay else 0.0
 
-    def _rate(self, group: Group) -> float:
-        """α."""
-        return float(group["lr"])
 
-    def _rates(self) -> dict[int, float]:
-        """α of every group of layers, by its place."""
-        return {place: self._rate(self.param_groups[place]) for place in {*self._places.values()}}
+def _note_steps(training: Training, norms: Mapping[Layer, float]) -> None:
+    """Count the step, and keep these ‖α P‖, in the states of the layers that moved."""
+    own = [layer for layer in norms if training.states.owns(layer)]
+    if own:
+        steps = [training.groups.state[p]["step"] for layer in own for p in layer.parameters()]
+        torch._foreach_add_(steps, 1)
+        last = [training.states.of(layer)["last"][0] for layer in own]
+        torch._foreach_zero_(last)
+        torch._foreach_add_(last, [norms[layer] for layer in own])
 
-    def _shrinking(self, group: Group) -> float:
-        """What decoupled weight decay is a multiple of."""
-        return self._rate(group)
 
-    def _moves(
-        self, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None
-    ) -> tuple[dict[Layer, Move], list[float]]:
-        """The steps of these layers before they are taken; P is empty where the factors are elsewhere.
+def undo(training: Training) -> None:
+    """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
 
-        ``average`` tells what the directions are taken of, if not of `_average`. With ``signs`` also their
-        means over the processes, read with the rest.
-        """
-        directions = {layer: layer.empty() for layer in layers}
-        own: dict[Layer | None, Tensor] = {} if signs is None else {None: signs}
-        for layer, P, norms in self._directions([*filter(self._owns, directions)], average):
-            directions[layer], own[layer] = P, norms
-        if not own and self._ranks.size == 1:
-            return {}, []
-        sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
-        sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
-        shapes = {key: (size,) for key, size in sizes.items()}
-        shared = self._ranks.means(own, shapes, self._layers[0].empty())
-        numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
-        read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
-        rates = self._rates()
-        moves = {
-            layer: judged(layer, rates[self._places[layer]], P, *read[layer])
-            for layer, P in directions.items()
-        }
-        return moves, read.get(None, [])
-
-    def _directions(
-        self, layers: Sequence[Layer], average: Average | None
-    ) -> Iterable[tuple[Layer, Tensor, Tensor]]:
-        """P of every layer, with ⟨P, D̂W⟩, ‖P‖, ‖D̂W‖ and the norms of its parameters as one tensor."""
-        states = [self.state[layer.weight] for layer in layers]
-        groups = {place: lasting(self.param_groups[place]) for place in {*self._places.values()}}
-        gradients = {layer: layer.gradients() for layer in layers}
-
-        def of_some(some: Sequence[Layer], rest: Iterator[Tensor]) -> list[Tensor]:
-            averages, directions, results = [], [], []
-            for layer in some:
-                own = [*itertools.islice(rest, len(gradients[layer]))]
-                state, group = self.state[layer.weight], groups[self._places[layer]]
-                averages.append((average or self._average)(layer, own, state, group))
-                directions.append(self._direction(averages[-1], layer, state, group))
-            self._finish(directions, [groups[self._places[layer]] for layer in some])
-            for layer, DW, P in zip(some, averages, directions, strict=True):
-                norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-                results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
-            return results
-
-        def of(given: Sequence[Tensor]) -> list[Tensor]:
-            rest = iter(given)
-            return [x for some in _small_together(layers) for x in of_some(some, rest)]
-
-        given = [*itertools.chain(*gradients.values())]
-        with self._full_precision():
-            if average is not None:  # a rare step back
-                found: Sequence[Tensor] = of(given)
-            else:
-                kept = [x for layer in layers for x in layer.parameters()]
-                kept += [x for state in states for x in state.values()]
-                found = self._graphs.run("directions", of, given, kept, (layers, groups))
-        return zip(layers, found[::2], found[1::2], strict=True)
-
-    def _scales(self, moves: Mapping[Layer, Move]) -> dict[Layer, float]:
-        """How much of each step is taken."""
-        scales: dict[Layer, float] = {}
-        for group in self._own_groups():
-            slopes = {layer: move.slope for layer, move in moves.items() if self._group(layer) is group}
-            change, clip = self._rate(group) ** 2 * sum(slopes.values()), group["clip"]
-            clipped = clip is not None and change > clip
-            scales |= dict.fromkeys(slopes, math.sqrt(clip / change) if clipped else 1.0)
-        return scales
-
-    def _keep_averages(self, layers: Sequence[Layer]) -> None:
-        """Average the gradients into every D̂W that is kept, before W moves."""
-        for group in self._own_groups():
-            beta = self._beta(group)
-            of_group = [layer for layer in layers if self._group(layer) is group]
-            if beta is not None:
-                kept = {layer: self.state[layer.weight]["DW"] for layer in of_group}
-                average_DW_(kept, beta, self._decay(group), group["bias_decay"])
-
-    def _apply(self, layer: Layer, move: Move, rate: float, scale: float) -> None:
-        """W ← W − α P."""
-        group, P = self._group(layer), move.P
-        momentum = self._momentum(group)
-        if not self._owns(layer):
-            P = layer.W()
-        elif momentum:
-            P = self.state[layer.weight]["DW"].mul_(momentum).add_(P, alpha=scale)
-        P = P.contiguous()
-        self._ranks.send(P, self._owners.get(layer))
-        decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-        shrinking = self._shrinking(group) * decay if decay else 0.0
-        self._add(layer, P, -rate if momentum else -rate * scale, shrinking)
-
-    def _add(self, layer: Layer, P: Tensor, alpha: float, shrinking: float) -> None:
-        """W ← (1 − shrinking) W + alpha P."""
-        if shrinking:
-            layer.shrink_(shrinking, self._group(layer)["bias_decay"])
-        layer.add_(P, alpha)
-
-    def _note_moves(self, norms: Mapping[Layer, float]) -> None:
-        """Count the step, and keep these ‖α P‖, in the states of the layers that moved."""
-        own = [layer for layer in norms if self._owns(layer)]
-        if own:
-            torch._foreach_add_([self.state[p]["step"] for layer in own for p in layer.parameters()], 1)
-            last = [self.state[layer.weight]["last"][0] for layer in own]
-            torch._foreach_zero_(last)
-            torch._foreach_add_(last, [norms[layer] for layer in own])
+    What the last batch itself added to the direction is not known any more, so a third to a half of the
+    step stays. The parameters of the fallback stay as they are.
+    """
+    training.context.stepped = False
+    states, missing = training.states, {*training.states.missing(training.groups.layers)}
+    kept = [layer for layer in training.groups.layers if training.of(layer).average.keeps]
+    layers = [layer for layer in kept if layer not in missing]
+    proposals, _ = propose(training, layers, lambda layer, gradients, state, group: state["DW"])
+    for layer, own in proposals.items():
+        P = layer.W()
+        if states.owns(layer):
+            taken = states.of(layer)["last"][0]
+            P = (own.P * (taken / own.norm) if own.norm > 0 else own.P).contiguous()
+            taken.zero_()
+        training.ranks.send(P, states.owners.get(layer))
+        layer.add_(P, alpha=1.0)

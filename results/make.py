@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from kfqn.race.entrants import entrant_of
-from kfqn.race.figure import draw
 from kfqn.race.problems import PROBLEMS
+from kfqn.race.report.figure import draw
+from kfqn.race.report.results import RACE, Result, common_target
 from kfqn.race.runs import Config, Run
-from kfqn.race.summary import RACE, Standing, common_target
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -45,12 +45,12 @@ INTRODUCTION = """
 Made by `python results/make.py write` from the files in [results](../results), each of one race with its
 command, conditions and epochs; edit nothing here. What was tried on the way, and the paper's own figures, is
 in the [notebook](notebook/README.md). **KF-BFGS, auto** is `kfqn.KFBFGS(model)` without a setting; the others
-have the best values of a grid ([tuned.json](../kfqn/race/tuned.json), [sweeps](sweeps)). Training loss: of
-the last weights, over the training images without augmentation. Losses and errors: means over seeds ±
-standard error. Seconds: of training alone, on a CPU those of the process; medians to a loss. *To X*: to the
-lowest loss
-that all who learned have reached. *To its lowest : ours*: to the lowest loss that an optimizer had, its own
-seconds and ours to that same loss. *Level*: closer than twice the standard error of the difference.
+have the best values of a grid ([tuned.json](../kfqn/race/entrants/tuned.json), [sweeps](sweeps)). Training
+loss: of the last weights, over the training images without augmentation. Losses and errors: means over seeds
+± standard error. Seconds: of training alone, on a CPU those of the process; medians to a loss. *To X*: to the
+lowest loss that all who learned have reached. *To its lowest : ours*: to the lowest loss that an optimizer
+had, its own seconds and ours to that same loss. *Level*: closer than twice the standard error of the
+difference.
 Conditions, where nothing else is said:"""
 
 
@@ -61,7 +61,7 @@ class Race:
     name: str
     config: Config
     conditions: dict[str, str]
-    field: list[Standing]
+    field: list[Result]
 
     @property
     def title(self) -> str:
@@ -77,7 +77,7 @@ class Race:
         return max(len(standing.ends) for standing in self.field)
 
     @property
-    def ours(self) -> Standing | None:
+    def ours(self) -> Result | None:
         """The optimizer without settings."""
         automatic = [s for s in self.field if entrant_of(s.config.entrant).automatic]
         return next((s for s in automatic if not s.config.settings), None)
@@ -161,7 +161,7 @@ def read(file: Path) -> Race:
             groups.setdefault(f"{run.config.entrant} {run.config.settings}", []).append(run)
         config = next(iter(groups.values()))[0].config
         measure = ON_CPU if config.device == "cpu" else RACE
-        field = [Standing(runs, measure) for runs in groups.values()]
+        field = [Result(runs, measure) for runs in groups.values()]
     conditions = json.loads(file.read_text(encoding="utf-8"))["conditions"]
     return Race(file.stem, config, conditions, sorted(field, key=lambda s: s.final))
 
@@ -171,7 +171,7 @@ def finite(value: float, form: str) -> str:
     return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
-def last(standing: Standing, key: str) -> tuple[float, float]:
+def last(standing: Result, key: str) -> tuple[float, float]:
     """What the last epoch ended with: mean and standard error; ∞ where most runs were lost."""
     if not math.isfinite(standing.lowest):
         return math.inf, 0.0
@@ -221,7 +221,7 @@ def table(race: Race) -> list[str]:
     return lines
 
 
-def to_lowest(s: Standing, ours: Standing) -> tuple[float, float]:
+def to_lowest(s: Result, ours: Result) -> tuple[float, float]:
     """Seconds to the lowest loss of an optimizer, its own and ours; ∞ where most of its runs were lost."""
     if not math.isfinite(s.lowest):
         return math.inf, math.inf
@@ -243,7 +243,7 @@ def compared(race: Race, key: str) -> dict[str, list[str]]:
     return found
 
 
-def name_of(standing: Standing) -> str:
+def name_of(standing: Result) -> str:
     """Without settings, but for ours that has some."""
     return entrant_of(standing.config.entrant).label
 
@@ -308,7 +308,7 @@ def page(races: Sequence[Race]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell(s: Standing | None, ours: Standing) -> str:
+def cell(s: Result | None, ours: Result) -> str:
     """Loss and error at the end, and our seconds to its lowest loss over its own."""
     if s is None or not math.isfinite(s.lowest):
         return "–" if s is None else "lost"

@@ -32,7 +32,7 @@ def here(*arguments):
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(error))
-        stack.enter_context(mock.patch("kfqn.race.workshop.do", _do_here))
+        stack.enter_context(mock.patch("kfqn.race.session.run_all", _run_all_here))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("default")  # as in a process of its own
         try:
@@ -42,11 +42,11 @@ def here(*arguments):
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), error.getvalue())
 
 
-def _do_here(runs, jobs, data_dir, watch):
-    from kfqn.race.train import train
+def _run_all_here(runs, jobs, data_dir, watch):
+    from kfqn.race.runs.train import train
 
     for run in runs:
-        with run.claimed() as ours, mock.patch("kfqn.race.train.warm_up"):  # nobody asks for seconds
+        with run.claimed() as ours, mock.patch("kfqn.race.runs.train.warm_up"):  # nobody asks for seconds
             if ours and run.end() is None:
                 train(run, data_dir)
     watch()

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import batches, grouped
+from cases import batches, grouped, keep, searched
 from test_contract import OPTIMIZERS
 from torch.nn.parallel import DistributedDataParallel
 
 import kfqn
-from kfqn.step_size import REFUSED, Search
+from kfqn.steps.parabola import REFUSED
 
 STEPS = 5
 
@@ -38,12 +38,10 @@ def by_hand(model, optimizer, x, target):
 def undone_in_the_end(optimizer, step, closure):
     """The last but one step is made one without a second pass, and the last batch says that it went wrong."""
     if step == STEPS - 2:
-        for group in optimizer.param_groups:
-            group["k"] = 31
+        keep(optimizer, k=31)
     if step < STEPS - 1:
         return closure
-    for group in optimizer.param_groups:  # as if the batches before had not been finite either
-        group["search"] = tuple(Search(*group["search"])._replace(refused=REFUSED - 1))
+    searched(optimizer, refused=REFUSED - 1)  # as if the batches before had not been finite either
     return lambda: closure() * float("nan")
 
 
@@ -94,7 +92,7 @@ def train(method, how, folder):
         "model": model.state_dict(),
         "state": state,
         "diagnostics": optimizer.diagnostics(),
-        "search": optimizer.param_groups[0].get("search"),
+        "search": optimizer.param_groups[0]["progress"].get("search"),
     }
     torch.save(saved, Path(folder) / f"{method}:{how}:{rank}.pt")
 

@@ -4,7 +4,9 @@ Nothing here is imported from kfqn. A network is a list of modules; its trainabl
 replaced by the matrix W times the vectors a_t of eq. (1).
 """
 
+import functools
 import itertools
+import math
 import sys
 
 import torch
@@ -17,34 +19,43 @@ TRAINABLE = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def vectors(module, a):
-    """a_t(n) for one layer, or one group's channels, (m, |T|, C), and the shape of T; entry by entry."""
-    one = [] if module.bias is None else [1.0]
+    """a_t(n) for one layer, or one group's channels, (m, |T|, C), and the shape of T."""
     if isinstance(module, LINEAR):
-        rows = [[torch.cat((v, v.new_tensor(one))) for v in an.reshape(-1, an.shape[-1])] for an in a]
-        return torch.stack([torch.stack(row) for row in rows]), tuple(a.shape[1:-1])
-    k, s, d = module.kernel_size, module.stride, module.dilation
-    if module.padding == "same":
-        totals = [di * (ki - 1) for ki, di in zip(k, d, strict=True)]
-        pad = [(t // 2, t - t // 2) for t in totals]
-    elif module.padding == "valid":
-        pad = [(0, 0) for _ in k]
+        at, T = a.reshape(len(a), -1, a.shape[-1]), tuple(a.shape[1:-1])
     else:
-        pad = [(p, p) for p in module.padding]
-    mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
-    a = F.pad(a, [p for pair in reversed(pad) for p in pair], mode=mode)
-    T = [(n - di * (ki - 1) - 1) // si + 1 for n, ki, si, di in zip(a.shape[2:], k, s, d, strict=True)]
-    data = []
-    for an in a:
-        rows = []
-        for t in itertools.product(*map(range, T)):
-            at = [
-                an[(j, *(ti * si + ei * di for ti, si, ei, di in zip(t, s, delta, d, strict=True)))]
-                for j in range(len(an))
+        k, s, d = module.kernel_size, module.stride, module.dilation
+        if module.padding == "same":
+            totals = [di * (ki - 1) for ki, di in zip(k, d, strict=True)]
+            pad = [(t // 2, t - t // 2) for t in totals]
+        elif module.padding == "valid":
+            pad = [(0, 0) for _ in k]
+        else:
+            pad = [(p, p) for p in module.padding]
+        mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
+        a = F.pad(a, [p for pair in reversed(pad) for p in pair], mode=mode)
+        found, T = entries(tuple(a.shape[1:]), k, s, d)
+        at = a.flatten(1)[:, found]
+    one = at.new_ones(*at.shape[:-1], 0 if module.bias is None else 1)
+    return torch.cat((at, one), dim=-1), T
+
+
+@functools.cache
+def entries(shape, k, s, d):
+    """Which entries of an input (channels, *size) make a_t, (|T|, columns), one by one; the shape of T."""
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    T = [(n - di * (ki - 1) - 1) // si + 1 for n, ki, si, di in zip(shape[1:], k, s, d, strict=True)]
+    rows = []
+    for t in itertools.product(*map(range, T)):
+        rows.append(
+            [
+                numbers[
+                    (j, *(ti * si + ei * di for ti, si, ei, di in zip(t, s, delta, d, strict=True)))
+                ].item()
+                for j in range(shape[0])
                 for delta in itertools.product(*map(range, k))
             ]
-            rows.append(torch.stack([*at, *an.new_tensor(one)]))
-        data.append(torch.stack(rows))
-    return torch.stack(data), tuple(T)
+        )
+    return torch.tensor(rows), tuple(T)
 
 
 def matrix(module):

@@ -5,7 +5,7 @@ import torch
 from cases import VisionTransformer, closure, separable_net
 from test_contract import OPTIMIZERS
 
-from kfqn.race.data import digits
+from kfqn.race.problems.data import digits
 
 NETS = {  # maker, a module with factors, a parameter without, learning rate of methods that invert exactly
     "vision transformer": (VisionTransformer, "blocks.0.attention.project", "positions", 0.3),

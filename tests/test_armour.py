@@ -12,9 +12,10 @@ from test_contract import OPTIMIZERS, TWO_PASS, snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
+from kfqn import first_pass
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
 
 REFUSED = "ignore:.*the step was refused and nothing was changed:RuntimeWarning"
 ANEW = "ignore:.*start anew:RuntimeWarning"
@@ -63,11 +64,11 @@ def test_gradients_whose_squares_overflow_are_finite(make):
     optimizer = make(model)
     (F.cross_entropy(model(x), target) * 1e25).backward()
     assert model[0].weight.grad.square().isinf().any()
-    assert optimizer._signs(None, optimizer._layers).tolist() == [0.0]
-    assert optimizer._goes_on(0.0, None, optimizer._layers)
+    assert first_pass.signs(optimizer.training, None, optimizer.training.groups.layers).tolist() == [0.0]
+    assert first_pass.is_valid(optimizer.training, 0.0, None, optimizer.training.groups.layers, False)
     model[0].weight.grad[0, 0] = math.inf
     with pytest.warns(RuntimeWarning, match="is not finite"):
-        assert not optimizer._goes_on(0.0, None, optimizer._layers)
+        assert not first_pass.is_valid(optimizer.training, 0.0, None, optimizer.training.groups.layers, False)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -75,9 +76,7 @@ def test_it_raises_instead_if_asked_to(name):
     model = mlp()
     optimizer = OPTIMIZERS[name](model, error_if_nonfinite=True)
     before = snapshot(model, optimizer)
-    with pytest.raises(
-        FloatingPointError, match="the loss or a gradient is not finite, so the step was refused"
-    ):
+    with pytest.raises(FloatingPointError, match="the loss is not finite, so the step was refused"):
         optimizer.step(poisoned(model, "loss", math.nan))
     assert unchanged(before, snapshot(model, optimizer))
 
@@ -165,7 +164,7 @@ def test_weights_of_16_bits_stay_in_their_range(dtype):
 @pytest.mark.filterwarnings(REFUSED, ANEW)
 @pytest.mark.parametrize("name", TWO_PASS)
 def test_no_point_of_the_paper_s_grid_ends_with_a_weight_that_is_not_finite(name):
-    """All 63, on real digits, where most large steps diverge; `benchmarks/armour.py` does it in full."""
+    """All 63, on real digits, where most large steps diverge; `benchmarks/` has all of it in full."""
     data = digits()
     ((x, y),) = data.in_order(data.train.first(96))
     refused = 0

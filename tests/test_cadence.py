@@ -12,7 +12,7 @@ from test_contract import TWO_PASS, snapshot, train, unchanged
 from test_doors import backward
 
 import kfqn
-from kfqn.first_look import gap
+from kfqn.steps.cadence import gap
 
 INTERVAL = 3
 LEARNT = [*range(20), *range(20, 30, 2), *range(30, 40, 3)]  # steps with a second pass, of the first 40
@@ -130,7 +130,7 @@ def test_a_refused_step_does_not_count(make):
     train(model, optimizer, data[:1])
     with pytest.warns(RuntimeWarning, match="the step was refused"):
         optimizer.step(closure(model, optimizer, *data[1], lambda o, y: F.cross_entropy(o, y) * float("nan")))
-    assert optimizer.param_groups[0]["k"] == 1
+    assert optimizer.param_groups[0]["progress"]["k"] == 1
 
 
 @pytest.mark.parametrize("interval", [0, -1, 2.5])

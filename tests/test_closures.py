@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, CHECKED, batches, mlp
+from cases import AUTOMATIC, batches, believe, mlp
 from test_contract import TWO_PASS, snapshot, train, unchanged
 from torch import nn
 from torch.func import functional_call
@@ -57,7 +57,8 @@ def test_a_closure_may_change_gradients(make, touch):
     model, twin = noisy(), noisy()
     twin.load_state_dict(model.state_dict())
     optimizer, theirs = make(model), make(twin)
-    optimizer._trust = theirs._trust = CHECKED
+    believe(optimizer)
+    believe(theirs)
     for x, target in batches((5,), 18):  # all are judged
 
         def passes(net, x=x, target=target):
@@ -93,7 +94,7 @@ def test_a_closure_may_change_gradients(make, touch):
 def test_a_gradient_that_is_read_in_the_second_call_is_that_of_the_new_weights(make):
     model, data, read = mlp(), batches((5,), 12), []
     optimizer = make(model)
-    optimizer._trust = CHECKED
+    believe(optimizer)
 
     def evaluate(x, target):
         optimizer.zero_grad()
@@ -116,7 +117,7 @@ def test_a_gradient_that_is_read_in_the_second_call_is_that_of_the_new_weights(m
 def test_what_fails_without_gradients_is_tried_once(make):
     model, data, calls = mlp(), batches((5,), 12), []
     optimizer = make(model)
-    optimizer._trust = CHECKED
+    believe(optimizer)
 
     def evaluate(x, target):
         calls.append(0)
@@ -157,7 +158,7 @@ def test_a_closure_that_fails_in_every_second_call_leaves_all_as_it_was(make):
     assert unchanged([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
     assert unchanged(dict(model.named_buffers()), dict(twin.named_buffers()))
     assert all(p.requires_grad for p in model.parameters())
-    assert not optimizer._memory.whole
+    assert not optimizer.training.context.with_gradients
 
 
 def test_a_second_pass_of_ones_own_says_what_it_lacks_and_can_have_it(make):
@@ -291,7 +292,7 @@ def test_such_losses_train_without_a_learning_rate(loss_of, name):
 
     losses = [optimizer.step(evaluate).item() for _ in range(60)]
     assert losses[-1] < 0.6 * losses[0]
-    assert optimizer._memory.whole == (loss_of is of_weights)
+    assert optimizer.training.context.with_gradients == (loss_of is of_weights)
 
 
 @pytest.mark.parametrize("first_order", [False, True])

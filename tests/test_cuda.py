@@ -139,7 +139,7 @@ def test_the_host_waits_no_oftener_than_the_documents_say(make, lr, judged, betw
     counts = []
     for x, y in data[25:]:
         step = closure(model, optimizer, x, y)
-        due = optimizer._is_due(optimizer.param_groups[0]["k"], optimizer.param_groups[0])
+        due = optimizer.training.is_due
         places = waits(lambda step=step: optimizer.step(step))
         counts.append((due, len(places)))
         assert len(places) <= (judged if due else between), places
@@ -161,7 +161,7 @@ def test_what_every_step_asks_for_is_recorded(make):
     model = odd_cnn().cuda()
     optimizer = make(model)
     train(model, optimizer, there(batches((2, 6, 6), 12)))
-    known = [of_name for of_name in optimizer._graphs._known.values() if of_name.uses > 3]
+    known = [of_name for of_name in optimizer.training.graphs._known.values() if of_name.uses > 3]
     assert len(known) == 2  # directions, and what is learnt: with an automatic rate mostly without a pair
     assert all(of_name.graph is not None and of_name.recordings == 1 for of_name in known)
 
@@ -171,12 +171,12 @@ def test_a_graph_of_the_users_own_is_left_alone(make):
     model = odd_cnn().cuda()
     optimizer = make(model, lr=0.1, damping=1.0)
     train(model, optimizer, there(batches((2, 6, 6), 12)))
-    known, x = dict(optimizer._graphs._known), torch.ones(3, device="cuda")
+    known, x = dict(optimizer.training.graphs._known), torch.ones(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (y,) = optimizer._graphs.run("ours", lambda given: [given[0] + 1], [x], [], None)
+        (y,) = optimizer.training.graphs.run("ours", lambda given: [given[0] + 1], [x], [], None)
     graph.replay()
-    assert optimizer._graphs._known == known
+    assert optimizer.training.graphs._known == known
     assert y.tolist() == [2.0] * 3
 
 

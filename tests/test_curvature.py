@@ -6,8 +6,8 @@ import torch
 from cases import LAYERS
 from torch import nn
 
-from kfqn import curvature
-from kfqn.rules import layers_of
+from kfqn.formulas import statistics as curvature
+from kfqn.parameters.discovery import layers_of
 
 pytestmark = [
     pytest.mark.usefixtures("double"),

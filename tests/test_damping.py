@@ -10,7 +10,7 @@ from test_contract import train
 from torch import nn
 
 import kfqn
-from kfqn.damping import damping_A, damping_G, in_units_of
+from kfqn.formulas.damping import damping_A, damping_G, in_units_of
 
 ENOUGH = torch.tensor(1.0)
 
@@ -99,7 +99,7 @@ def test_it_is_the_default_of_an_automatic_rate_alone(make):
 
 
 def state_of(optimizer):
-    model = optimizer._model
+    model = optimizer.training.groups.model
     train(model, optimizer, batches((5,), 2))
     return optimizer.state[model[0].weight]
 
@@ -109,7 +109,7 @@ def test_groups_choose_for_themselves(make):
     optimizer = make(odd_cnn(), groups=groups)
     found = {(g["automatic"], g["relative"], g["damping"]) for g in optimizer.param_groups}
     assert found == {(True, False, 0.3), (False, False, 3.0), (True, True, 1.0)}
-    train(optimizer._model, optimizer, batches((2, 6, 6), 3))
+    train(optimizer.training.groups.model, optimizer, batches((2, 6, 6), 3))
 
 
 def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(make):

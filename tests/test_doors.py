@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CHECKED, batches, mlp, odd_cnn, recurrent
+from cases import batches, believe, mlp, odd_cnn, recurrent
 from test_contract import OPTIMIZERS, TWO_PASS, Noisy, snapshot, train, unchanged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -114,7 +114,7 @@ def test_inputs_that_nobody_holds_teach_the_same(make):
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
     for x, target in batches((2, 6, 6), 6):
-        theirs._memory.used_once.clear()
+        theirs.training.context.used_once.clear()
         train(model, optimizer, [(x, target)])
         train(twin, theirs, [(x, target)])
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
@@ -326,7 +326,7 @@ def test_kfac_alone_keeps_its_factors():
         optimizer.step()
     assert torch.equal(optimizer.state[model[0].weight]["Omega"], before)
     fresh = OPTIMIZERS["KFAC"](mlp())
-    backward(fresh._model, x, target)
+    backward(fresh.training.groups.model, x, target)
     with pytest.raises(RuntimeError, match=r"give its first step a closure of kfqn\.closure"):
         fresh.step()
 
@@ -394,9 +394,9 @@ def test_clearing_the_gradients_lets_go_of_what_was_seen(make):
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
     optimizer = make(model)
     backward(model, x, target)
-    assert optimizer._watch.waiting
+    assert optimizer.training.recorder.waiting
     optimizer.zero_grad()
-    assert not optimizer._watch.waiting
+    assert not optimizer.training.recorder.waiting
 
 
 def test_a_layer_used_without_its_module_is_named():
@@ -467,7 +467,7 @@ def test_a_step_skipped_between_second_passes_asks_for_none(make):
     optimizer = make(model, curvature_interval=10)
     by_hand(model, optimizer, x, target)
     state = optimizer.state_dict()
-    state["param_groups"][0]["k"] = 101
+    state["param_groups"][0]["progress"] |= {"k": 101}
     optimizer.load_state_dict(state)
     by_hand(model, optimizer, x, target)
     before = copy.deepcopy(optimizer.state_dict())
@@ -583,7 +583,7 @@ def test_a_pass_without_backward_in_a_closure_keeps_the_masks():
     """A teacher of its own, detached."""
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
     optimizer = kfqn.KFBFGS(model)
-    optimizer._trust = CHECKED
+    believe(optimizer)
 
     def evaluate():
         model.zero_grad()
@@ -623,7 +623,7 @@ def test_steps_of_another_optimizer_do_not_pile_up(make):
         sgd.zero_grad()
         loss.backward()
         sgd.step()
-    assert all(len(seen.uses) == 1 for seen in optimizer._watch._seen.values())
+    assert all(len(seen.calls) == 1 for seen in optimizer.training.recorder.recorded.values())
 
 
 def test_an_expert_that_gets_no_data_is_left_alone(make):

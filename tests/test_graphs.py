@@ -9,7 +9,7 @@ from test_contract import OPTIMIZERS, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from kfqn import graphs
+from kfqn.runtime import cuda_graphs as graphs
 
 NETS = {
     "odd": (odd_cnn, (2, 6, 6)),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from cases import LAYERS
 
-from kfqn.curvature import damped_inverse, second_moment
-from kfqn.rules import layers_of
-from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.formulas.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.formulas.statistics import damped_inverse, second_moment
+from kfqn.parameters.discovery import layers_of
 
 pytestmark = [
     pytest.mark.usefixtures("double"),

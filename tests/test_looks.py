@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, CHECKED, batches, closure, odd_cnn
+from cases import AUTOMATIC, batches, believe, closure, odd_cnn, search_of
 from test_cadence import LEARNT
 from test_contract import Noisy, snapshot, train, unchanged
 from test_doors import Checkpointed
@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import kfqn
-from kfqn.capture import LOSS_ALONE
-from kfqn.first_look import pair_gap
-from kfqn.second_pass import random_state, second_pass
+from kfqn.passes.replay import random_state, second_pass
+from kfqn.passes.spec import LOSS_ALONE
+from kfqn.steps.cadence import pair_gap
 
 INTERVAL = 3
 
@@ -55,7 +55,7 @@ def judged(counts):
 def test_H_A_learns_from_every_step_that_is_judged_and_H_G_at_the_interval(make):
     model, data, passes = odd_cnn(), batches((2, 6, 6), 40), []
     optimizer = make(model, curvature_interval=INTERVAL)
-    optimizer._trust = CHECKED
+    believe(optimizer)
     for k, (x, target) in enumerate(data):
         before = judged(optimizer.diagnostics().get("0", {}))
         passes.append(0)
@@ -92,7 +92,7 @@ def test_the_loss_is_the_same_to_the_bit_for_the_operations_of_a_forward_pass(ma
     rewind = random_state([torch.device("cpu")])
     with second_pass(model, rewind), torch.no_grad():
         expected, forward = operations(lambda: F.cross_entropy(model(x), target))
-    with second_pass(model, rewind), optimizer._watch.looking(LOSS_ALONE) as seen:
+    with second_pass(model, rewind), optimizer.training.recorder.recording(LOSS_ALONE) as seen:
         loss, all_of_it = operations(evaluate)
     assert torch.equal(loss, expected)
     assert all_of_it == forward
@@ -166,7 +166,7 @@ def is_whole_in_the_end(make, compute):
     model, data = Parts(), batches((5,), 12)
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    theirs._memory.whole = True
+    theirs.training.context.with_gradients = True
     for x, target in data:
         for net, own in ((model, optimizer), (twin, theirs)):
 
@@ -176,7 +176,7 @@ def is_whole_in_the_end(make, compute):
 
             own.step(evaluate)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    return optimizer._memory.whole
+    return optimizer.training.context.with_gradients
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch's forward mode uses
@@ -258,7 +258,8 @@ def test_a_loop_of_ones_own_needs_no_gradients_for_the_loss_alone(make):
     model, data = odd_cnn(), batches((2, 6, 6), 12)
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    optimizer._trust = theirs._trust = CHECKED
+    believe(optimizer)
+    believe(theirs)
     for k, (x, target) in enumerate(data):
         train(model, optimizer, [(x, target)])
         by_hand(twin, theirs, x, target, gradients=k % 10 == 0)
@@ -287,7 +288,8 @@ def test_masks_and_micro_batches_are_those_of_the_first_pass_through_both_doors(
     model = Noisy()
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    optimizer._trust = theirs._trust = CHECKED
+    believe(optimizer)
+    believe(theirs)
     for (x, target), (x2, target2) in zip(batches((1, 6, 6), 6), batches((1, 6, 6), 6)[::-1], strict=True):
         start = torch.get_rng_state()
 
@@ -327,7 +329,7 @@ def test_activation_checkpointing_changes_nothing(make, reentrant):
         train(plain, optimizer, [(x, target)])
         train(model, theirs, [(x, target)])
     assert unchanged(snapshot(plain, optimizer), snapshot(model, theirs))
-    assert theirs._memory.whole == optimizer._memory.whole == False  # noqa: E712
+    assert theirs.training.context.with_gradients == optimizer.training.context.with_gradients == False  # noqa: E712
 
 
 @DYNAMO
@@ -359,7 +361,7 @@ def test_factors_that_start_anew_get_a_pair_as_soon_as_that_can_be(make, k):
     model, data = odd_cnn(), batches((2, 6, 6), k + 4)
     optimizer, pairs = make(model, groups=[{"modules": "0"}]), []
     train(model, optimizer, data[:k])
-    while optimizer._search.due:
+    while search_of(optimizer).force_trial:
         train(model, optimizer, data[:1])
     optimizer.state[model[0].weight]["H_A"].fill_(float("nan"))
     for batch in data[k:]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kfqn.race.models import all_cnn_c, small_all_cnn, vgg16
 from kfqn.race.problems import PROBLEMS
-from kfqn.race.resnet import Block, resnet20
+from kfqn.race.problems.models import all_cnn_c, small_all_cnn, vgg16
+from kfqn.race.problems.resnet import Block, resnet20
 
 
 def test_the_small_all_cnn_has_no_relu_on_its_logits():

@@ -107,7 +107,7 @@ def test_hooks_are_given_gradients_or_are_not_called(make, door):
         assert all(norm > 0 for norm in told)
         told.clear()
     assert unchanged(snapshot(model, optimizer), snapshot(plain, theirs))
-    assert not optimizer._memory.whole
+    assert not optimizer.training.context.with_gradients
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -173,7 +173,7 @@ def test_a_copy_has_the_users_hooks_alone():
     x = torch.randn(4, 5)
     assert torch.equal(twin(x), model(x))
     again = copy.deepcopy(optimizer)
-    assert len(hooks_of(again._model)) == len(hooks_of(model))
+    assert len(hooks_of(again.training.groups.model)) == len(hooks_of(model))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kfqn import orthogonal
+from kfqn.formulas import orthogonal
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (40, 300)]
 

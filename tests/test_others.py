@@ -12,7 +12,7 @@ from test_contract import OPTIMIZERS, snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.rules import layers_of
+from kfqn.parameters.discovery import layers_of
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -196,7 +196,7 @@ def test_the_groups_hold_what_each_rule_reads_and_schedulers_reach_all(make):
     assert "amsgrad" in theirs
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
     data = batches((2, 6, 6), 1)
-    train(optimizer._model, optimizer, data)
+    train(optimizer.training.groups.model, optimizer, data)
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.005]
 

@@ -5,17 +5,18 @@ import json
 import pytest
 from lab import config, here, kfqn, one_line, write_toy_cifar
 
-from kfqn.race.cli import parser
-from kfqn.race.cost import COLUMNS
-from kfqn.race.entrants import ENTRANTS, FIELD
-from kfqn.race.paper_figures import paper_scale
-from kfqn.race.paper_tables import COMPUTATION, STORAGE
+from kfqn.race.cli import training_of
+from kfqn.race.entrants import ENTRANTS, PAPER_FIELD
+from kfqn.race.paper.cost import COLUMNS
+from kfqn.race.paper.experiment import paper_scale
+from kfqn.race.paper.tables import COMPUTATION, STORAGE
+from kfqn.race.parser import parser
 from kfqn.race.problems import PROBLEMS
 from kfqn.race.runs import Run
-from kfqn.race.train import train
+from kfqn.race.runs.train import train
 
 TOY = ["--width", 2, "--train-size", 256, "--eval-size", 10, "--epochs", 1, "--jobs", 1]
-LABELS = [ENTRANTS[name].label for name in FIELD]
+LABELS = [ENTRANTS[name].label for name in PAPER_FIELD]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_tables_1_and_2_print_orders_and_measurements(number, orders):
     result = here("table", number, "--problem", "cifar10-allcnn", "--width", 2, "--batch-size", 4)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    for name in FIELD:
+    for name in PAPER_FIELD:
         entrant = ENTRANTS[name]
         (line,) = (line for line in lines if line.split("  ")[0] == entrant.label)
         for order in orders[name].values():
@@ -106,11 +107,11 @@ def test_the_bytes_of_table_1_are_those_of_the_state():
     import torch.nn.functional as F
 
     import kfqn as package
-    from kfqn.race.cost import storage
+    from kfqn.race.paper.cost import storage
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2, bias=False))
     closure = package.closure(model, torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), F.cross_entropy)
-    costs = {cost.entrant: cost.bytes for cost in storage(model, list(FIELD), closure)}
+    costs = {cost.entrant: cost.bytes for cost in storage(model, list(PAPER_FIELD), closure)}
     C, I = (4, 5), (5, 2)  # noqa: E741
     for n in range(2):
         parameters = 4 * C[n] * I[n]
@@ -149,7 +150,9 @@ def test_a_budget_ends_a_run_with_the_epoch_that_uses_it_up(tmp_path):
     ],
 )
 def test_a_figure_takes_the_papers_budget_by_the_share_of_images_unless_told(options, epochs, budget):
-    scale = paper_scale(parser().parse_args(["figure", "1", *options]), PROBLEMS["cifar10-vgg16"])
+    scale = paper_scale(
+        training_of(parser().parse_args(["figure", "1", *options])), PROBLEMS["cifar10-vgg16"]
+    )
     assert (scale.epochs, scale.budget) == (epochs, budget)
 
 

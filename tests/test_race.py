@@ -14,21 +14,36 @@ import torch
 from lab import BATCH, TINY, config, here, hold, kfqn, one_line, without_clock, write_toy_cifar
 from torch import nn
 
-from kfqn.race import entrants, grids, workers
+from kfqn.race import entrants
+from kfqn.race.entrants import grids
 from kfqn.race.failure import Failure
-from kfqn.race.figure import _looks
-from kfqn.race.report import losses_of
-from kfqn.race.runs import Run
-from kfqn.race.summary import Standing, common_target, rows
-from kfqn.race.train import Trainer, averaged_model, train
+from kfqn.race.report.figure import _styles
+from kfqn.race.report.results import Result, common_target
+from kfqn.race.report.sentences import unfinished
+from kfqn.race.report.table import rows
+from kfqn.race.runs import Run, workers
+from kfqn.race.runs.averaging import polynomial_average
+from kfqn.race.runs.train import train
+from kfqn.race.runs.trainer import Trainer
 
 
-def test_a_race_from_the_command_line(tmp_path):
-    result = kfqn("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    for label in ("KF-BFGS (", "KF-BFGS(L) (", "KFAC (", "SGD-m (", "Adam ("):
-        assert label in result.stdout
-    assert "was first at the common target" in result.stdout
+def test_a_race_from_the_command_line_and_two_commands_share_it(tmp_path):
+    race = ["race", *TINY, "--seeds", 2, "--out", tmp_path]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kfqn", *map(str, race), "--jobs", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        output, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        for label in ("KF-BFGS (", "KF-BFGS(L) (", "KFAC (", "SGD-m (", "Adam ("):
+            assert label in output
+        assert "was first at the common target" in output
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "race.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in html
@@ -38,7 +53,8 @@ def test_a_race_from_the_command_line(tmp_path):
 
     before = {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
     assert len(before) == 12
-    again = here("race", *TINY, "--seeds", 2, "--jobs", 2, "--out", tmp_path)
+    assert [Run(path.parent).end()["status"] for path in before] == ["finished"] * 12
+    again = here(*race, "--jobs", 2)
     assert "12 of 12 runs are done already" in again.stdout
     assert before == {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("epochs.jsonl")}
 
@@ -51,7 +67,7 @@ def test_everybody_trains_resnet20_with_the_settings_of_the_package(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "CIFAR-10, ResNet-20 of width 2" in result.stdout
     runs = [Run(folder) for folder in (tmp_path / "runs").iterdir()]
-    assert {run.config.entrant for run in runs} == {*entrants.RACE}
+    assert {run.config.entrant for run in runs} == {*entrants.DEFAULT_FIELD}
     for run in runs:
         name, (first, second) = run.config.entrant, run.epochs()
         assert run.config.settings == entrants.best_settings("cifar10-resnet20", name, Path("none"))[0]
@@ -76,33 +92,6 @@ def test_a_run_that_diverges_is_a_result_and_is_shown(tmp_path):
     assert "is not finite" in (tmp_path / "race.html").read_text(encoding="utf-8")
 
 
-def test_a_run_that_fails_is_recorded_shown_and_tried_again(tmp_path):
-    arguments = [
-        "race",
-        "--optimizers",
-        "kfbfgs:lr=1,damping=1",
-        "--seeds",
-        1,
-        *TINY,
-        "--jobs",
-        2,
-        "--out",
-        tmp_path,
-    ]
-    run = Run.create(tmp_path / "runs", config(epochs=2))
-    torch.save({"model": {}}, run.checkpoint)  # whole, but of something else
-    train(run, None)
-    assert run.end()["status"] == "failed"
-    assert "Traceback" in run.end()["traceback"]
-    result = kfqn(*arguments)
-    assert result.returncode == 1
-    assert f"cannot go on from {run.checkpoint} (" in result.stdout
-    assert "delete it to start the run anew" in result.stdout
-    run.checkpoint.unlink()
-    assert here(*arguments).returncode == 0
-    assert run.end()["status"] == "finished"
-
-
 @pytest.mark.parametrize(
     ("entrant", "of_trainer"),
     [
@@ -117,7 +106,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_train
     train(whole, None)
     assert whole.end()["status"] == "finished"
 
-    monkeypatch.setattr("kfqn.race.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kfqn.race.runs.trainer.CHECKPOINT_SECONDS", 0.0)
     cut = Run.create(tmp_path / "cut", config(entrant=entrant, settings=settings))
     trainer, evaluate = Trainer(cut, None), Trainer.evaluate
 
@@ -139,7 +128,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_train
 
 def test_an_average_of_the_weights_gives_late_steps_more_and_forgets_the_start():
     model, power, history = nn.Linear(1, 1), 3.0, []
-    average = averaged_model(model, power)
+    average = polynomial_average(model, power)
     for n in range(1, 8):
         with torch.no_grad():
             model.weight.fill_(n**2)
@@ -157,7 +146,7 @@ def test_a_cosine_ends_at_nothing_and_the_average_is_what_is_read(tmp_path):
     start = trainer.model.state_dict()["0.weight"].clone()
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    loss, _ = trainer.loss_and_error(trainer.averaged.module, trainer.data.train)
+    loss, _ = trainer.loss_and_error(trainer.averaged_model.module, trainer.data.train)
     assert trainer.records[-1]["train_loss"] == pytest.approx(loss)
     assert loss != trainer.loss_and_error(trainer.model, trainer.data.train)[0]
     assert not start.equal(trainer.model.state_dict()["0.weight"])
@@ -252,7 +241,7 @@ def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkey
     other = context.Process(target=hold, args=(run.folder, held, leave))
     other.start()
     assert held.wait(60)
-    one_round = workers._work_and_watch
+    one_round = workers._work_and_update
 
     def and_then_leave(*args):
         came_back = one_round(*args)
@@ -261,24 +250,13 @@ def test_a_run_that_another_command_leaves_behind_is_taken_over(tmp_path, monkey
         return came_back
 
     if when == "once they are over":
-        monkeypatch.setattr(workers, "_work_and_watch", and_then_leave)
-        workers.do([run], 1, None, lambda: None)
+        monkeypatch.setattr(workers, "_work_and_update", and_then_leave)
+        workers.run_all([run], 1, None, lambda: None)
     else:
-        workers.do([run], 1, None, leave.set)
+        workers.run_all([run], 1, None, leave.set)
         other.join(20)
     assert other.exitcode == 0
     assert run.end()["status"] == "finished"
-
-
-def test_two_commands_share_one_race(tmp_path):
-    field = ["--optimizers", "kfbfgs:auto", "adam", "sgd", "--seeds", "2", "--jobs", "1"]
-    command = [sys.executable, "-m", "kfqn", "race", *field, *TINY, "--out", str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    ends = [Run(folder).end() for folder in (tmp_path / "runs").iterdir()]
-    assert [end["status"] for end in ends] == ["finished"] * 6
-    assert all("was first at the common target" in output for output in outputs)
 
 
 def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
@@ -287,9 +265,9 @@ def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
             child.kill()
 
     run = Run.create(tmp_path, config(epochs=1))
-    workers.do([run], 1, None, kill)
+    workers.run_all([run], 1, None, kill)
     assert run.end() is None
-    ((name, reason, _),) = losses_of([run])
+    ((name, reason, _),) = unfinished([run])
     assert name == run.folder.name
     assert "its process was killed" in reason
 
@@ -297,7 +275,7 @@ def test_a_killed_worker_leaves_its_run_unfinished_and_said_so(tmp_path):
 def test_the_table_is_made_from_the_files_alone(tmp_path):
     """Three runs written by hand: the target is what all finished runs reach, medians and all."""
     losses = {"kfbfgs": [0.5, 0.1, 0.02], "sgd": [0.9, 0.6, 0.3]}
-    standings = []
+    results = []
     for entrant, values in losses.items():
         runs = []
         for seed in range(2):
@@ -308,9 +286,9 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
             ]
             run.write([*lines, {"status": "finished", "warm_start_seconds": 0.5}])
             runs.append(run)
-        standings.append(Standing(runs))
-    assert common_target(standings) == 0.3
-    first, second = rows(standings)
+        results.append(Result(runs))
+    assert common_target(results) == 0.3
+    first, second = rows(results)
     assert first.label == "KF-BFGS (lr 1)"
     assert (first.epochs_to_target, first.seconds_to_target) == ("2", "5.00")
     assert (second.epochs_to_target, second.seconds_to_target) == ("3", "7.00")
@@ -320,17 +298,17 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
 
 @pytest.mark.parametrize("settings", [1, 3, 5])
 def test_no_two_lines_of_a_figure_look_alike(settings, tmp_path):
-    standings = [
-        Standing([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
+    results = [
+        Result([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
         for entrant in ("kfbfgs:auto", "sgd", "adam", "adamw", "muon", "soap", "torch.optim.RMSprop")
         for lr in range(settings)
     ]
-    looks = [*zip(*_looks(standings), strict=True)]
-    assert len({*looks}) == len(looks)
+    styles = [*zip(*_styles(results), strict=True)]
+    assert len({*styles}) == len(styles)
 
 
 def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
-    standings = []
+    results = []
     for entrant, ends in {"sgd": ["finished"] * 3, "adam": ["finished", "diverged", "failed"]}.items():
         runs = [Run.create(tmp_path, config(entrant=entrant, settings={"lr": 1.0}, seed=k)) for k in range(3)]
         for run, status in zip(runs, ends, strict=True):
@@ -341,9 +319,9 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
                 "seconds": 1.0,
             }
             run.write([record, {"status": status, "reason": ""}])
-        standings.append(Standing(runs))
-    assert common_target(standings) == 0.2
-    first, second = rows(standings)
+        results.append(Result(runs))
+    assert common_target(results) == 0.2
+    first, second = rows(results)
     assert first.label == "SGD-m (lr 1)"
     assert second.seconds_to_target == "–"
     assert second.lost == "1 diverged, 1 failed"
@@ -353,7 +331,7 @@ def test_a_lost_seed_counts_against_its_optimizer(tmp_path):
 
 
 def test_wrong_use_from_the_command_line(tmp_path):
-    one_line(kfqn("race", "--problem", "nothing"), "invalid choice: 'nothing'", "digits")
+    one_line(kfqn("race", "--problem", "nothing"), "no problem 'nothing' (choose from digits, digits-mlp")
     one_line(here("race", "--optimizers", "lion"), "no optimizer 'lion' (choose from kfbfgs,")
     one_line(
         here("race", "--optimizers", "kfbfgs:lr"),
@@ -404,7 +382,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     one_line(
         here("sweep", "--save", tmp_path / "file"), "file is no sweep file, or damaged", "choose another"
     )
-    one_line(kfqn("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
+    one_line(here("race", "--out", tmp_path / "file"), "cannot write to", "choose another folder with --out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
@@ -450,15 +428,14 @@ def test_two_processes_race_as_one_does(tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-def test_torchrun_starts_a_race_with_a_number_of_processes_that_divides_the_batch(tmp_path):
+def test_torchrun_starts_a_race_with_a_number_of_processes_that_divides_the_batch(tmp_path, monkeypatch):
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0"}
-    for arguments, size, part in (
-        (["sweep", "--out", tmp_path], "2", "torchrun can start a race, not a sweep"),
-        (["race", "--out", tmp_path], "3", "a batch of 256 cannot be shared by 3 processes"),
-    ):
-        result = kfqn(*arguments, env=os.environ | alone | {"WORLD_SIZE": size})
-        one_line(result, part)
-        assert not [*tmp_path.iterdir()]
+    result = kfqn("sweep", "--out", tmp_path, env=os.environ | alone | {"WORLD_SIZE": "2"})
+    one_line(result, "torchrun can start a race, not a sweep")
+    for key, value in (alone | {"WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(key, value)
+    one_line(here("race", "--out", tmp_path), "a batch of 256 cannot be shared by 3 processes")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_records_and_report_tell_what_the_factors_did(tmp_path):

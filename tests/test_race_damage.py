@@ -13,8 +13,9 @@ from lab import TINY, config, here, kfqn, one_line, without_clock
 from kfqn.race.entrants import best_settings
 from kfqn.race.failure import Failure
 from kfqn.race.runs import Run
+from kfqn.race.runs.train import train
+from kfqn.race.runs.trainer import Trainer
 from kfqn.race.sweep import load
-from kfqn.race.train import Trainer, train
 
 EPOCHS = [{"epoch": k, "train_loss": 1 / k, "note": "é\u2028"} for k in (1, 2, 3)]
 WHOLE = [*EPOCHS, {"status": "finished", "conditions": {}}]
@@ -109,7 +110,7 @@ def test_a_run_goes_on_from_a_sound_checkpoint_and_anew_from_a_damaged_one(
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
     run = Run.create(tmp_path / "cut", whole.config)
-    monkeypatch.setattr("kfqn.race.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("kfqn.race.runs.trainer.CHECKPOINT_SECONDS", 0.0)
     trainer = Trainer(run, None)
 
     def stop_at_two(records):
@@ -149,25 +150,39 @@ def test_a_checkpoint_that_fits_no_longer_is_named_and_kept(tmp_path):
 
 
 def test_a_race_on_a_damaged_folder_from_the_command_line(tmp_path):
-    """Real processes: what is lost is done again, what is sound is not, and the line says where."""
-    race = ["race", "--optimizers", "sgd:lr=0.05", "adam:lr=0.01,eps=1e-8", *TINY, "--seeds", 1, "--jobs", 1]
-    assert here(*race, "--out", tmp_path).returncode == 0
+    """Real processes: what is lost is done again, what is sound is not, and the line says where.
+
+    A run that fails is shown, and tried again by the same command.
+    """
+    sound = ["race", "--optimizers", "sgd:lr=0.05", "adam:lr=0.01,eps=1e-8"]
+    race, scale = [*sound, "kfbfgs:lr=1,damping=1"], [*TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
+    assert here(*sound, *scale).returncode == 0
+    ours = Run.create(tmp_path / "runs", config(epochs=2))
+    torch.save({"model": {}}, ours.checkpoint)  # whole, but of something else
+    train(ours, None)
+    assert ours.end()["status"] == "failed"
+    assert "Traceback" in ours.end()["traceback"]
     sgd, adam = (Run(next((tmp_path / "runs").glob(f"{name}-*"))) for name in ("sgd", "adam"))
-    before, sound = sgd.records(), (adam.folder / "epochs.jsonl").read_bytes()
+    before, kept = sgd.records(), (adam.folder / "epochs.jsonl").read_bytes()
     cut(sgd.folder / "epochs.jsonl", 0.8)
     (sgd.folder / "config.json").write_text('{"problem": ')
     (sgd.folder / "progress").write_bytes(b"")
     sgd.checkpoint.write_bytes(b"")
     with pytest.raises(Failure, match=r"config\.json is damaged .*: repeat the command"):
         _ = sgd.config
-    result = kfqn(*race, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = kfqn(*race, *scale)
+    assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+    assert f"cannot go on from {ours.checkpoint} (" in result.stdout
+    assert "delete it to start the run anew" in result.stdout
     assert f"{sgd.folder / 'epochs.jsonl'} is damaged: what is sound is kept" in result.stdout
-    assert "1 of 2 runs are done already" in result.stdout
+    assert "1 of 3 runs are done already" in result.stdout
     assert without_clock(sgd.records()) == without_clock(before)
-    assert (adam.folder / "epochs.jsonl").read_bytes() == sound
+    assert (adam.folder / "epochs.jsonl").read_bytes() == kept
     assert not sgd.checkpoint.exists()
+    ours.checkpoint.unlink()
+    assert here(*race, *scale).returncode == 0
+    assert ours.end()["status"] == "finished"
     assert not [p for p in tmp_path.rglob(".*") if p.is_file()], "half-written files"
 
 
@@ -182,18 +197,27 @@ def test_what_is_no_file_is_named(tmp_path, name):
     one_line(here(*race), str(folder / name), "Is a directory", "delete ")
 
 
+def limit_of(size):
+    """So many bytes a file, which stand for a full disk: writing beyond raises what a full disk raises."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
 @pytest.mark.parametrize(("size", "name"), [(100, "config.json"), (700, "epochs.jsonl")])
 def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path, size, name):
-    """A limit of so many bytes a file stands for it: writing beyond raises what a full disk raises."""
-
-    def full():
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
     race = ["race", "--optimizers", "sgd:lr=0.05", *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
-    result = kfqn(*race, preexec_fn=full)
+    if name == "epochs.jsonl":  # a worker writes these
+        result = kfqn(*race, preexec_fn=lambda: limit_of(size))
+    else:
+        lift = limit_of(size)
+        try:
+            result = here(*race)
+        finally:
+            lift()
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     assert re.search(

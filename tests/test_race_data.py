@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kfqn.race import cifar
-from kfqn.race.data import Images, crop_and_flip, digits
 from kfqn.race.failure import Failure
+from kfqn.race.problems import cifar
+from kfqn.race.problems.data import Images, crop_and_flip, digits
 
 PER_BATCH = 4
 

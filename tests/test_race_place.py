@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from lab import BATCH, config, here, one_line, write_toy_cifar
 
-from kfqn.race import cores, workers
-from kfqn.race.plan import Scale
-from kfqn.race.runs import Run
-from kfqn.race.train import train
+from kfqn.race import cores
+from kfqn.race.runs import Run, workers
+from kfqn.race.runs.plan import Scale
+from kfqn.race.runs.train import train
 
 SMALL = ["--epochs", 1, "--seeds", 1, "--width", 2, "--train-size", BATCH, "--eval-size", 20]
 OWN = """
@@ -165,21 +165,22 @@ CPU = {"epochs": 1, "budget": None, "width": None, "train_size": None, "evaluate
 def test_jobs_and_threads_go_by_the_cores_allowed_and_the_threads_told(
     monkeypatch, told, allowed, jobs, threads_alone, threads_of_many
 ):
-    from kfqn.race.cli import parser
+    from kfqn.race.cli import training_of
+    from kfqn.race.parser import parser
     from kfqn.race.problems import PROBLEMS
-    from kfqn.race.workshop import scale_of
+    from kfqn.race.session import scale_of
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", told)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(allowed)}, raising=False)
-    assert scale_of(parser().parse_args(["race"]), PROBLEMS["digits"]).jobs == jobs
-    assert scale_of(parser().parse_args(["race", "--jobs", "9"]), PROBLEMS["digits"]).jobs == 9
+    assert scale_of(training_of(parser().parse_args(["race"])), PROBLEMS["digits"]).jobs == jobs
+    assert scale_of(training_of(parser().parse_args(["race", "--jobs", "9"])), PROBLEMS["digits"]).jobs == 9
     assert Scale(**CPU, device="cpu", jobs=1).threads == threads_alone
     assert Scale(**CPU, device="cpu", jobs=2).threads == threads_of_many
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert cores.cores() == 5
+    assert cores.available_cores() == 5
 
 
 SLEEPY = """
@@ -202,7 +203,7 @@ def test_the_first_run_of_every_worker_is_as_quick_as_its_next(tmp_path, monkeyp
     sleepy = {"entrant": "sleepy.Sleepy", "settings": {"lr": 0.1}, "epochs": 1, "width": 2}
     runs = [Run.create(tmp_path / "runs", config(**sleepy, seed=seed)) for seed in range(3)]
     start = time.monotonic()
-    workers.do(runs, 2, None, lambda: None)
+    workers.run_all(runs, 2, None, lambda: None)
     assert time.monotonic() - start > 1.5
     assert [run.end()["status"] for run in runs] == ["finished"] * 3
     assert all(run.epochs()[-1]["seconds"] < 1.4 for run in runs)
@@ -211,7 +212,7 @@ def test_the_first_run_of_every_worker_is_as_quick_as_its_next(tmp_path, monkeyp
 @pytest.mark.parametrize("entrant", ["kfbfgs:auto", "kfac", "sgd"])
 def test_what_is_warmed_up_leaves_no_trace_in_a_run(tmp_path, monkeypatch, entrant):
     settings = {"kfac": {"lr": 1.0, "damping": 1.0}, "sgd": {"lr": 0.05}}.get(entrant, {})
-    monkeypatch.setattr("kfqn.race.train._WARM", set())
+    monkeypatch.setattr("kfqn.race.runs.warm_up._WARM", set())
     runs = [
         Run.create(tmp_path / name, config(entrant=entrant, settings=settings, epochs=2))
         for name in ("first", "next")

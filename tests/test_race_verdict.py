@@ -7,10 +7,11 @@ import warnings
 import pytest
 from lab import config
 
-from kfqn.race.figure import draw
-from kfqn.race.report import verdict
+from kfqn.race.report.figure import draw
+from kfqn.race.report.results import PAPER, RACE, Result, common_target, learned
+from kfqn.race.report.sentences import verdict
+from kfqn.race.report.table import rows
 from kfqn.race.runs import Run
-from kfqn.race.summary import PAPER, RACE, Standing, common_target, learned, rows
 
 GUESSING = math.log(10)
 FAST = {"adam": [0.9, 0.3, 0.1], "kfbfgs": [0.6, 0.2, 0.15]}  # one loss an epoch; an epoch is a second
@@ -32,7 +33,7 @@ def standing(folder, entrant, seeds, statuses=None, measure=RACE, **changes):
         ]
         run.write([*lines, {"status": (statuses or ["finished"] * len(seeds))[seed], "reason": ""}])
         runs.append(run)
-    return Standing(runs, measure)
+    return Result(runs, measure)
 
 
 @pytest.fixture

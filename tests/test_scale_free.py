@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from cases import AUTOMATIC, VisionTransformer, batches, closure, mlp, odd_cnn, recurrent
+from cases import AUTOMATIC, VisionTransformer, batches, closure, mlp, odd_cnn, recurrent, search_of, searched
 from torch import nn
 
-from kfqn.rules import layers_of
-from kfqn.scale_free import DECAY, NOTHING, along, averaged, keep_norms_
-from kfqn.step_size import Search
+from kfqn.parameters.discovery import layers_of
+from kfqn.steps.norms import DECAY, NOTHING, along, averaged, keep_norms_
 
 
 @pytest.fixture(params=AUTOMATIC)
@@ -41,14 +40,18 @@ def trained(model, make, data, steps):
     for k in range(steps):
         x, y = data[k % len(data)]
         optimizer.step(closure(model, optimizer, x, y))
-        norms.append([float(layer.W().detach().norm()) for layer in optimizer._layers])
+        norms.append([float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers])
     return optimizer, torch.tensor(norms)
 
 
 def free(optimizer):
     """The names of the layers whose norms are kept."""
-    (group,) = optimizer._automatic
-    return [layer.name for layer, x in zip(optimizer._layers, group["along"], strict=True) if x < NOTHING]
+    group = optimizer.training.groups.own()[0]
+    return [
+        layer.name
+        for layer, x in zip(optimizer.training.groups.layers, group["progress"]["along"], strict=True)
+        if x < NOTHING
+    ]
 
 
 @pytest.mark.usefixtures("double")
@@ -100,7 +103,7 @@ def test_other_layers_are_not_taken_for_them(make, build, shape):
         optimizer = make(model)
         for k in range(60):
             optimizer.step(closure(model, optimizer, *data[k % 8]))
-            least += optimizer._automatic[0]["along"]
+            least += optimizer.param_groups[0]["progress"]["along"]
     assert min(least) > 1.5 * NOTHING
 
 
@@ -129,7 +132,7 @@ def test_weights_in_half_precision_keep_their_norms_too(make):
     optimizer, norms = trained(model, make, batches((2, 6, 6), 200, dtype=torch.bfloat16), 200)
     assert free(optimizer)
     later = norms[60:]
-    for i, layer in enumerate(optimizer._layers):
+    for i, layer in enumerate(optimizer.training.groups.layers):
         if layer.name in free(optimizer):
             torch.testing.assert_close(later[:, i], later[:1, i].expand_as(later[:, i]), rtol=0.03, atol=0)
 
@@ -154,9 +157,9 @@ def test_a_step_that_is_taken_back_leaves_them_as_they_were(make):
     torch.manual_seed(0)
     model, data = normalised(), batches((2, 6, 6), 80)
     optimizer, _ = trained(model, make, data, 50)
-    norms = [float(layer.W().detach().norm()) for layer in optimizer._layers[:3]]
-    search = Search(*optimizer._automatic[0]["search"])
-    optimizer._automatic[0]["search"] = tuple(search._replace(due=True))
+    norms = [float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers[:3]]
+    search = search_of(optimizer)
+    searched(optimizer, force_trial=True)
     evaluate, losses = closure(model, optimizer, *data[60]), []
 
     def worse():
@@ -166,5 +169,5 @@ def test_a_step_that_is_taken_back_leaves_them_as_they_were(make):
     optimizer.step(worse)
     assert optimizer.diagnostics()[""]["rejected"] == search.rejected + 1
     optimizer.step(closure(model, optimizer, *data[61]))
-    after = [float(layer.W().detach().norm()) for layer in optimizer._layers[:3]]
+    after = [float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers[:3]]
     assert after == pytest.approx(norms, rel=1e-5)

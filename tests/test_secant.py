@@ -4,8 +4,8 @@ import oracle
 import pytest
 import torch
 
-from kfqn.rows import Rows
-from kfqn.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
+from kfqn.formulas.rows import Rows
+from kfqn.formulas.secant import bfgs_update_, double_damping, lbfgs_matmul, lbfgs_push_
 
 SEEDS = range(200)
 SIZE = 7

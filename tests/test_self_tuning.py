@@ -6,21 +6,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, CHECKED, batches, closure, mlp, odd_cnn
+from cases import AUTOMATIC, batches, believe, closure, mlp, odd_cnn, search_of, searched
 from test_contract import snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.orthogonal import orthogonalised
-from kfqn.race.data import digits
-from kfqn.race.grids import PRINTED
-from kfqn.race.models import small_all_cnn
-from kfqn.step_size import (
+from kfqn.curvature.secants import learn_G
+from kfqn.formulas.orthogonal import orthogonalised
+from kfqn.race.entrants.grids import PRINTED
+from kfqn.race.problems.data import digits
+from kfqn.race.problems.models import small_all_cnn
+from kfqn.steps.parabola import (
     FIRST,
     LARGEST,
     TRUSTED,
+    Sample,
     Search,
-    Trial,
     far_above,
     judged,
     left_by_gain,
@@ -52,7 +53,7 @@ def on_a_parabola(search, a, c, D=2.0, factor=1.0):
     rho = search.rate * factor
     slope = -rho * a * D
     after = 5 + slope + rho**2 * c * D / 2
-    return Trial(search.rate, factor, D, slope, slope, slope, 5.0, after, 0.0)
+    return Sample(search.rate, factor, D, slope, slope, slope, 5.0, after, 0.0)
 
 
 @pytest.mark.parametrize("start", [1e-4, 1.0, 1e4])
@@ -72,21 +73,21 @@ def test_a_step_beyond_the_parabola_is_shortened_to_its_lowest_point():
     search, share = judged(search, on_a_parabola(search, a=3.0, c=0.5))
     assert share == pytest.approx(3.0 / 0.5 / 100)
     assert search.rate == pytest.approx(10.0)  # at most by ten at once
-    assert search.due
+    assert search.force_trial
     assert search.rejected == 1
 
 
 @pytest.mark.parametrize("after", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_takes_all_of_the_step_back(after):
     search = stepped(Search(rate=100.0), True)
-    search, share = judged(search, Trial(100.0, 1.0, 2.0, -1.0, -1.0, -1.0, 5.0, after, 0.0))
+    search, share = judged(search, Sample(100.0, 1.0, 2.0, -1.0, -1.0, -1.0, 5.0, after, 0.0))
     assert share == 0
     assert search.rate == pytest.approx(10.0)
 
 
 def test_a_direction_uphill_shrinks_the_rate_and_does_not_divide_by_it():
     search = stepped(Search(rate=1.0), True)
-    search, share = judged(search, Trial(1.0, 1.0, 2.0, 1e-3, 1e-3, 1e-3, 5.0, 5.0 + 1e-3, 0.0))
+    search, share = judged(search, Sample(1.0, 1.0, 2.0, 1e-3, 1e-3, 1e-3, 5.0, 5.0 + 1e-3, 0.0))
     assert share == 1
     assert search.rate == pytest.approx(1 / 1.3)
 
@@ -145,9 +146,9 @@ def test_where_losses_do_not_fall_half_their_noise_may_be_gained(fall):
 
 def test_no_step_is_shortened_before_losses_are_known_or_where_nothing_is_gained():
     assert left_by_gain(after_a_judged_step([5.0] * 4), 50.0) == 1.0
-    search = Search(steps=30, rate=0.5, gained=-1.0, losses=9, older=5.0, newer=4.0, noise=0.1)
+    search = Search(steps=30, rate=0.5, gains=-1.0, losses=9, older=5.0, newer=4.0, noise=0.1)
     search, _ = judged(search, on_a_parabola(search, a=2.0, c=3.2, D=1.0))
-    assert search.gained < 0
+    assert search.gains < 0
     assert left_by_gain(search, 50.0) == 1.0
 
 
@@ -161,7 +162,7 @@ def test_a_loss_far_above_the_usual_shows_an_open_step_only():
     after = undone(stepped(search, judged=False))
     assert not far_above(after, 9.0)  # never two in a row
     assert after.rate == pytest.approx(0.3)
-    assert after.due
+    assert after.force_trial
 
 
 def left_by(losses):
@@ -169,7 +170,7 @@ def left_by(losses):
     search, left = Search(rate=1.0), []
     for loss in losses:
         search = with_loss(search, loss)
-        left.append(search.left)
+        left.append(search.plateau_factor)
     return left
 
 
@@ -190,9 +191,9 @@ def test_steps_are_halved_as_often_as_it_pays():
     """A loss that comes down to a level set by the size of the steps, as in a bowl with noise."""
     search, f, left = Search(rate=1.0), 8.0, []
     for e in noise(16_000):
-        f += (search.left * 4.0 - f) / 50
+        f += (search.plateau_factor * 4.0 - f) / 50
         search = with_loss(search, f + 0.05 * e)
-        left.append(search.left)
+        left.append(search.plateau_factor)
     assert sorted(left, reverse=True) == left
     assert left[-1] == 1 / 64  # another would gain no more than noise
     assert f < 0.1
@@ -251,7 +252,7 @@ def test_no_rate_or_damping_of_the_papers_grid_diverges(make, images, lr, dampin
     torch.manual_seed(0)
     model = small_all_cnn(10, width=8)
     optimizer = make(model, damping=damping)
-    optimizer.param_groups[0]["search"] = tuple(Search(rate=lr))
+    searched(optimizer, rate=lr)
     losses = [train(model, optimizer, images[1])[-1] for _ in range(6)]
     assert losses[-1] < 2.0
 
@@ -290,7 +291,7 @@ def test_a_net_that_could_learn_every_batch_by_heart_learns_what_they_share(seed
 def test_a_tiny_step_says_little_of_what_is_gained():
     """Divided by its ρ D, what rounding leaves of its gain would outweigh every other step."""
     told = after_a_judged_step([5.0 - 0.001 * n for n in range(100)])
-    trial = Trial(1e-6, 1.0, 1.0, -2e-6, -2e-6, -2e-6, 5.0, 5.0 - 1e-3, 0.0)
+    trial = Sample(1e-6, 1.0, 1.0, -2e-6, -2e-6, -2e-6, 5.0, 5.0 - 1e-3, 0.0)
     tiny, _ = judged(told, trial)
     assert left_by_gain(tiny, 0.5) == pytest.approx(left_by_gain(told, 0.5), rel=0.01)
 
@@ -319,7 +320,7 @@ def test_what_other_parameters_gain_does_not_stop_the_layers():
     trial = on_a_parabola(search, a=0.1, c=0.1, D=1.0)
     trial = trial._replace(slope_of_all=-3.0, after=trial.before - 2.5)
     search, _ = judged(search, trial)
-    assert search.gained / search.reaches == pytest.approx(-trial.slope / 0.5)
+    assert search.gains / search.lengths == pytest.approx(-trial.slope / 0.5)
 
 
 def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
@@ -328,11 +329,11 @@ def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
     for x, target in data:
         before = [p.detach().clone() for p in model.parameters()]
         train(model, optimizer, [(x, target)])
-        for layer in optimizer._layers:
+        for layer in optimizer.training.groups.layers:
             index = [next(i for i, p in enumerate(model.parameters()) if p is q) for q in layer.parameters()]
             W = torch.cat([before[i].flatten() for i in index])
             moved = torch.cat([p.detach().flatten() for p in layer.parameters()]) - W
-            bound = LARGEST / len(optimizer._layers)
+            bound = LARGEST / len(optimizer.training.groups.layers)
             assert moved.norm() <= bound * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
 
 
@@ -341,12 +342,12 @@ def test_a_layer_without_a_direction_neither_moves_nor_is_forgotten(make):
     model, data = mlp(), batches((5,), 4)
     optimizer = make(model)
     train(model, optimizer, data[:2])
-    (usual,) = (group["usual"] for group in optimizer.param_groups)
+    (usual,) = (group["progress"]["usual"] for group in optimizer.param_groups)
     before = model[0].weight.detach().clone()
     optimizer.state[model[0].weight]["DW"].zero_()
     train(model, optimizer, [(torch.zeros_like(x), target) for x, target in data[2:]])  # no gradient either
     assert torch.equal(model[0].weight, before)
-    assert optimizer.param_groups[0]["usual"][0] == usual[0]
+    assert optimizer.param_groups[0]["progress"]["usual"][0] == usual[0]
 
 
 def test_a_layer_that_starts_at_zero_moves():
@@ -391,12 +392,12 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         model, data = mlp(), batches((5,), 6)
         optimizer, weight = make(model, **settings), model[0].weight
         train(model, optimizer, data[:5])
-        (layer,) = (layer for layer in optimizer._layers if layer.weight is weight)
+        (layer,) = (layer for layer in optimizer.training.groups.layers if layer.weight is weight)
         state = {key: value.clone() for key, value in optimizer.state[weight].items()}
         kfqn.closure(model, *data[5], F.cross_entropy)()
         averaged = 0.9 * state["DW"] + 0.1 * layer.DW(layer.gradients())
         wanted = averaged if settings else 0.9 * averaged + 0.1 * layer.DW(layer.gradients())
-        P, before = optimizer._H_G(state, wanted @ state["H_A"]), layer.W()
+        P, before = optimizer.training.curvature.direction(optimizer.training, wanted, layer), layer.W()
         if not settings:
             (P,) = orthogonalised([P], None)
         train(model, optimizer, data[5:])
@@ -406,6 +407,12 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         torch.testing.assert_close(moved, length * P, rtol=1e-3, atol=1e-5)  # a difference of float32 weights
 
 
+def of_layer(optimizer):
+    """The parts and the settings of the first layer."""
+    layer = optimizer.training.groups.layers[0]
+    return optimizer.training.of(layer), optimizer.training.groups.of(layer)
+
+
 def test_pairs_without_curvature_are_skipped_and_with_a_number_damped(make):
     for settings, kind in (({}, "G skipped"), ({"lr": 0.1}, "G damped")):
         model = mlp()
@@ -413,7 +420,7 @@ def test_pairs_without_curvature_are_skipped_and_with_a_number_damped(make):
         train(model, optimizer, batches((5,), 3))
         state, before = optimizer.state[model[0].weight], optimizer.diagnostics()["0"]
         s = torch.randn_like(state["s_G"])
-        optimizer._learn_G([s], [-s], [state], optimizer.param_groups[0])
+        learn_G(optimizer.training, *of_layer(optimizer), [state], [s], [-s])
         after = optimizer.diagnostics()["0"]
         assert {key for key in after if key.startswith("G ") and after[key] > before[key]} == (
             {kind} if kind == "G skipped" else {kind, "G taken"}
@@ -445,11 +452,11 @@ def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
     model, data = odd_cnn(), batches((2, 6, 6), 40)
     optimizer = make(model)
     train(model, optimizer, data[:30])
-    while not optimizer._search.open or optimizer._next_look():
+    while not search_of(optimizer).unverified or optimizer.training.is_due:
         train(model, optimizer, data[30:31])
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, data[31:32])  # without a second pass
-    assert optimizer._search.open
+    assert search_of(optimizer).unverified
     moved = distance(model, before)
     evaluate = Steep(model, *data[32])
     evaluate.shown[1] = torch.tensor(1e6)
@@ -459,7 +466,7 @@ def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
     # Along the averaged gradient: the last batch's own share of the direction is not known any more.
     assert distance(model, before) < 0.6 * moved
     train(model, optimizer, data[33:34])
-    assert not optimizer._search.open  # the step after is judged
+    assert not search_of(optimizer).unverified  # the step after is judged
 
 
 @pytest.mark.parametrize("k", [0, 1, 7, 25, 31])
@@ -473,7 +480,7 @@ def test_resuming_is_bit_identical(make, k):
     train(model, optimizer, data[k:])
     train(twin, theirs, data[k:])
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    assert optimizer._search == theirs._search
+    assert search_of(optimizer) == search_of(theirs)
 
 
 def by_hand(model, optimizer, x, target, gradients=True):
@@ -492,7 +499,8 @@ def test_both_doors_are_the_same_to_the_bit_where_every_step_is_judged(make):
     model = odd_cnn()
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    optimizer._trust = theirs._trust = CHECKED  # loops without closures check instead of judging
+    believe(optimizer)
+    believe(theirs)  # loops without closures check instead of judging
     for x, target in batches((2, 6, 6), 8):
         train(model, optimizer, [(x, target)])
         by_hand(twin, theirs, x, target)
@@ -503,7 +511,7 @@ def test_both_doors_are_the_same_to_the_bit_where_every_step_is_judged(make):
 def test_losses_may_be_told_as_numbers(make):
     model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
     optimizer = make(model)
-    optimizer._trust = CHECKED
+    believe(optimizer)
     loss = F.cross_entropy(model(x), target)
     loss.backward()
     optimizer.step()
@@ -531,7 +539,7 @@ def test_a_second_pass_without_its_losses_is_an_error(make):
 def test_a_loop_without_closures_halves_its_steps_too(make):
     model, ((x, target), *_) = mlp(), batches((5,), 2)
     optimizer = make(model, curvature_interval=1)
-    optimizer._trust = CHECKED  # these losses are not what the gradients say
+    believe(optimizer)  # these losses are not what the gradients say
     for n in range(400):
         optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
@@ -540,10 +548,10 @@ def test_a_loop_without_closures_halves_its_steps_too(make):
         with optimizer.second_pass(told) as again:
             F.cross_entropy(model(x), target).backward()
             again.loss = told
-    assert optimizer._search.left < 1
+    assert search_of(optimizer).plateau_factor < 1
 
 
-@pytest.mark.parametrize("key", ["lr", "left"])
+@pytest.mark.parametrize("key", ["lr", "plateau factor"])
 def test_a_scheduler_and_patience_multiply_what_is_found(make, key):
     model, data = mlp(), batches((5,), 3)
     optimizer = make(model)
@@ -555,7 +563,7 @@ def test_a_scheduler_and_patience_multiply_what_is_found(make, key):
     if key == "lr":
         scheduler.step()
     else:
-        optimizer._search = optimizer._search._replace(left=0.5)
+        searched(optimizer, plateau_factor=0.5)
     found = rate(optimizer)
     train(model, optimizer, data[1:2])
     train(twin, whole, data[1:2])
@@ -614,7 +622,9 @@ def test_groups_with_a_rate_of_their_own_keep_it(make):
     train(model, optimizer, data)
     lr = {group["lr"] for group in optimizer.param_groups}
     assert lr == {0.25, 1.0}
-    assert len({group["search"] for group in optimizer.param_groups if group["automatic"]}) == 1
+    found = [group["progress"]["search"] for group in optimizer.param_groups if group["automatic"]]
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_what_the_other_parameters_do_to_the_loss_is_not_taken_for_curvature():

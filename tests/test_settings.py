@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import kfqn
-from kfqn.settings import Factors, looks_absolute, with_factor
+from kfqn.parameters.schedules import Factors, looks_absolute, with_factor
 
 
 def first_warning(factors, **group):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, CHECKED, batches
+from cases import AUTOMATIC, batches, believe
 from test_contract import TWO_PASS, snapshot, unchanged
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import kfqn
-from kfqn.second_pass import buffers_of, random_state, second_pass
+from kfqn.passes.replay import buffers_of, random_state, second_pass
 
 STILL = {  # no weight moves
     "lr": 1e-30,
@@ -149,7 +149,8 @@ def test_both_doors_start_there(build, name):
     model = build()
     twin = copy.deepcopy(model)
     optimizer, theirs = AUTOMATIC[name](model), AUTOMATIC[name](twin)
-    optimizer._trust = theirs._trust = CHECKED
+    believe(optimizer)
+    believe(theirs)
     states = []
     for net, own, door in ((model, optimizer, "closure"), (twin, theirs, "by hand")):
         random.seed(0)
@@ -209,9 +210,9 @@ def test_a_buffer_in_the_memory_of_a_parameter_is_the_parameters():
 def test_nothing_is_copied_where_no_second_pass_is_due(monkeypatch):
     """Nor, with a closure, for the single passes in it."""
     model, data, copies = Queue(), batches((5,), 130, size=4), []
-    monkeypatch.setattr("kfqn.capture.start_of", lambda *_: copies.append("a pass") or (lambda: None))
-    original = kfqn.optimizer.start_of
-    monkeypatch.setattr("kfqn.optimizer.start_of", lambda *args: copies.append(0) or original(*args))
+    monkeypatch.setattr("kfqn.passes.recorder.start_of", lambda *_: copies.append("a pass") or (lambda: None))
+    original = kfqn.first_pass.start_of
+    monkeypatch.setattr("kfqn.first_pass.start_of", lambda *args: copies.append(0) or original(*args))
     optimizer = kfqn.KFBFGS(model, lr=0.1, damping=1.0, curvature_interval=10)
     counts = []
     for batch in data:

@@ -15,11 +15,12 @@ import pytest
 from lab import BATCH, config, here, kfqn, one_line
 from rich.console import Console
 
-from kfqn.race import entrants, grids, problems, train, workers
-from kfqn.race.plan import Scale, Search
-from kfqn.race.runs import Run
+from kfqn.race import entrants, problems
+from kfqn.race.entrants import grids
+from kfqn.race.report.live_view import live_view
+from kfqn.race.runs import Run, train, workers
+from kfqn.race.runs.plan import Scale, Search
 from kfqn.race.sweep import best, complete, points_of, save, scores_of, sweep
-from kfqn.race.watch import live_view
 
 SMALL = ["--width", 2, "--train-size", BATCH, "--eval-size", 50, "--jobs", 1]
 
@@ -32,13 +33,13 @@ def test_the_ranges_of_appendix_b2():
     assert grids.PRINTED["adam"]["lr"] == (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
     assert grids.PRINTED["adam"]["eps"] == (1e-12, 1e-8, 1e-4, 0.01, 0.1)
     assert grids.PRINTED["sgd"] == {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1)}
-    assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.FIELD)
+    assert set(grids.PRINTED) == set(grids.DIGITS) == set(entrants.PAPER_FIELD)
 
 
 def test_problems_that_are_not_the_papers_have_ranges_in_torchs_convention():
     assert set(grids.OURS) == set(problems.PROBLEMS) - set(grids.TABLE_3)
-    assert all(set(ranges) == set(entrants.FIELD) for ranges in grids.OURS.values())
-    assert set(grids.PEERS) == set(entrants.SWEPT) - set(entrants.FIELD)
+    assert all(set(ranges) == set(entrants.PAPER_FIELD) for ranges in grids.OURS.values())
+    assert set(grids.PEERS) == set(entrants.SWEPT) - set(entrants.PAPER_FIELD)
     rates = [point["lr"] for point in grids.grid("cifar10-resnet20", "sgd")]
     assert min(rates) < 0.1 < max(rates)  # what He et al. (2016) took
     assert not any("beta2" in point for point in grids.grid("cifar10-resnet20", "adam"))
@@ -58,10 +59,10 @@ def test_table_3_lies_on_the_printed_ranges(problem):
 
 def test_everybody_can_get_as_many_points():
     for name in entrants.SWEPT:
-        whole, some = (grids.grid("cifar100-vgg16", name, most=most) for most in (None, 12))
+        whole, some = (grids.grid("cifar100-vgg16", name, max_points=most) for most in (None, 12))
         assert len(some) == min(12, len(whole))
         assert all(point in whole for point in some)
-        assert some == grids.grid("cifar100-vgg16", name, most=12)
+        assert some == grids.grid("cifar100-vgg16", name, max_points=12)
 
 
 def test_a_coarse_grid_is_part_of_the_grid_and_keeps_the_largest_values():
@@ -117,7 +118,7 @@ def fake_runs(folder, losses, epochs=lambda settings: 1):
 def test_halving_promotes_the_best_third_and_survives_a_field_that_is_lost(tmp_path):
     losses = {float(k): k / 10 for k in range(1, 10)}
     field = [("sgd", {"lr": lr}) for lr in losses]
-    search = Search("train_loss", halving=True, thinned=(), points=None, seeds=1)
+    search = Search("train_loss", halving=True, coarse=(), max_points=None, seeds=1)
     do, asked = fake_runs(tmp_path / "a", losses)
     entries, runs = sweep(field, WHOLE, search, do)
     assert asked == [(1, [*losses]), (3, [1.0, 2.0, 3.0]), (9, [1.0])]
@@ -135,7 +136,7 @@ def test_halving_promotes_the_best_third_and_survives_a_field_that_is_lost(tmp_p
 
 def test_under_a_budget_the_lowest_wins_not_the_run_with_the_most_epochs(tmp_path):
     do, _ = fake_runs(tmp_path, {0.1: 0.9, 0.01: 0.1}, epochs=lambda s: 38 if s["lr"] == 0.1 else 37)
-    search = Search("train_loss", halving=False, thinned=(), points=None, seeds=1)
+    search = Search("train_loss", halving=False, coarse=(), max_points=None, seeds=1)
     entries, _ = sweep([("sgd", {"lr": lr}) for lr in (0.1, 0.01)], WHOLE, search, do)
     assert entries["sgd"]["best"] == {"lr": 0.01}
 
@@ -217,7 +218,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path)
 
 
 def counting_worker(folders, log):
-    """A worker as `workers.do` starts it, which also notes every run that it does."""
+    """A worker as `workers.run_all` starts it, which also notes every run that it does."""
     whole = train.train
 
     def noted(run, data_dir):
@@ -303,7 +304,7 @@ def test_the_committed_settings_are_the_best_of_the_committed_grid():
     assert set(sweeps) == set(grids.OURS)
     for name, entries in sweeps.items():
         problem, whole = problems.PROBLEMS[name], name.startswith("digits")
-        assert set(entries) == set(entrants.SWEPT if whole else entrants.FIELD)
+        assert set(entries) == set(entrants.SWEPT if whole else entrants.PAPER_FIELD)
         for entrant, entry in entries.items():
             for key in ("batch_size", "weight_decay", *(("width", "epochs") if whole else ())):
                 assert entry["scale"][key] == getattr(problem, key)

@@ -175,7 +175,7 @@ def test_a_copy_of_the_model_carries_nothing_of_the_optimizer(make, how):
         assert len(_saved(model)) < len(_saved(mlp())) + 2000
     before = snapshot(model, optimizer)
     F.cross_entropy(twin(data[0][0]), data[0][1]).backward()
-    assert not optimizer._watch.waiting
+    assert not optimizer.training.recorder.waiting
     theirs = make(twin)
     train(twin, theirs, data)
     assert unchanged(before, snapshot(model, optimizer))
@@ -268,7 +268,7 @@ def test_a_history_of_another_size_is_taken_as_it_is():
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
-LATER = ("clip", "decoupled_weight_decay", "norms", "along", "bias_decay", "momentum", "k", "refused", "mu1")
+LATER = ("clip", "decoupled_weight_decay", "bias_decay", "momentum", "mu1")
 
 
 @pytest.mark.parametrize("missing", [*((key,) for key in LATER), LATER], ids=" ".join)
@@ -301,11 +301,11 @@ def test_the_state_of_another_method_is_refused_also_without_its_settings(name):
     train(model, kfac, batches((5,), 1))
     saved = kfac.state_dict()
     optimizer = TWO_PASS[name](mlp())
-    before = snapshot(optimizer._model, optimizer)
+    before = snapshot(optimizer.training.groups.model, optimizer)
     saved["param_groups"][0] = {"params": saved["param_groups"][0]["params"]}
     with pytest.raises(ValueError, match="this state is not "):
         optimizer.load_state_dict(saved)
-    assert unchanged(before, snapshot(optimizer._model, optimizer))
+    assert unchanged(before, snapshot(optimizer.training.groups.model, optimizer))
 
 
 def test_steps_that_were_saved_as_plain_numbers(make):
@@ -387,7 +387,7 @@ def test_layers_of_several_types_in_one_model(make, types):
     optimizer = make(model, weight_decay=1e-3)
     losses = train(model, optimizer, [(x, target)] * 30)
     assert losses[-1] < losses[0]
-    for layer, dtype in zip(optimizer._layers, types, strict=True):
+    for layer, dtype in zip(optimizer.training.groups.layers, types, strict=True):
         kept = torch.promote_types(dtype, torch.float32)
         assert {v.dtype for k, v in optimizer.state[layer.weight].items() if k.startswith("H_")} <= {kept}
         assert layer.weight.dtype == dtype
@@ -459,4 +459,4 @@ def test_torch_func_sees_the_model_as_if_nobody_watched(method):
     expected = torch.func.vmap(torch.func.jacrev(model))(x)
     optimizer = TWO_PASS[method](model)
     assert torch.equal(torch.func.vmap(torch.func.jacrev(model))(x), expected)
-    assert not optimizer._watch.waiting
+    assert not optimizer.training.recorder.waiting

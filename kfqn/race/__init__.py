@@ -1,1 +1,1 @@
-"""Optimizers raced on real images: problems, runs, figures, tables, and the command line."""
+"""Optimizers raced on real images: problems, entrants, runs, reports, the paper's figures and tables."""

@@ -22,27 +22,29 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
-from kfqn.race import sweep_file
-from kfqn.race.entrants import ENTRANTS, entrant_of
+from kfqn.race.entrants import ENTRANTS, entrant_of, sweep_file
+from kfqn.race.entrants.settings import Settings, format_settings
 from kfqn.race.failure import Failure
-from kfqn.race.grids import Settings
-from kfqn.race.plan import Field, Scale, Search
-from kfqn.race.runs import Run, check_writable, write_atomically
+from kfqn.race.runs.files import check_writable, write_atomically
+from kfqn.race.runs.plan import Field, Scale, Search
+from kfqn.race.runs.run import Run
 
 CRITERIA = ("average_loss", "train_loss", "test_error")
 STEP = 3  # from rung to rung so many times the length, for one in so many points
 
 Entry = sweep_file.Entry
 Point = dict[str, Any]  # settings, seed, status, share of the length, and the lowest value of every criterion
-Do = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
+RunField = Callable[[Field, Scale], list[Run]]  # runs a field at a scale, what is done already included
 
 
-def sweep(field: Field, scale: Scale, search: Search, do: Do) -> tuple[dict[str, Entry], list[Run]]:
+def sweep(
+    field: Field, scale: Scale, search: Search, run_field: RunField
+) -> tuple[dict[str, Entry], list[Run]]:
     """Run the field, in one go or by halving: the entry of every optimizer, and all the runs."""
     points: dict[str, dict[str, Point]] = {name: {} for name, _ in field}
     everything: list[Run] = []
     for share in (1 / STEP**2, 1 / STEP, 1.0) if search.halving else (1.0,):
-        runs = do(field, _shortened(scale, share)) if field else []
+        runs = run_field(field, _shortened(scale, share)) if field else []
         everything += runs
         reached = points_of(runs, share)
         for name, new in reached.items():
@@ -74,8 +76,8 @@ def _entry(name: str, points: Sequence[Point], runs: Sequence[Run], search: Sear
         "scale": {key: getattr(config, key) for key in keys},
         "by": search.by,
         "halving": search.halving,
-        "coarse": list(search.thinned),
-        "most": search.points,
+        "coarse": list(search.coarse),
+        "most": search.max_points,
         "conditions": next(
             (end["conditions"] for run in own if (end := run.end()) and "conditions" in end), {}
         ),
@@ -107,10 +109,10 @@ def _identity(name: str, point: Point) -> str:
 
 def _keys(name: str, point: Point) -> list[str]:
     """Which entries of a point are settings."""
-    if name not in ENTRANTS:  # anybody's class: all that is not told of the run
+    if name not in ENTRANTS:  # anybody's class: all that does not tell of the run
         return [key for key in point if key not in ("seed", "status", "share", *CRITERIA)]
     entrant = ENTRANTS[name]
-    return [key for key in (*entrant.tuned, *entrant.options) if key in point]
+    return [key for key in entrant.settings if key in point]
 
 
 def scores_of(name: str, points: Sequence[Point], by: str) -> list[tuple[dict[str, float], float]]:
@@ -165,7 +167,7 @@ def save(entries: dict[str, Entry], problem: str, path: Path) -> None:
         write_atomically(path, json.dumps(known, indent=1) + "\n")
 
 
-def told(entry: Entry) -> str:
+def describe(entry: Entry) -> str:
     """At which scale and how an entry was tuned, for a person."""
     scale = entry["scale"]
     parts = [
@@ -198,9 +200,9 @@ def print_entries(entries: dict[str, Entry], console: Console) -> None:
                 if len(values) > 1 and chosen[key] in (min(values), max(values))
             ]
             cells = [
-                ", ".join(f"{k} {v:g}" for k, v in chosen.items()),
+                format_settings(chosen),
                 f"{score:.4g}",
                 ", ".join(edges) or "–",
             ]
-        view.add_row(entrant_of(name).label, str(len(tried)), str(lost), *cells, told(entry))
+        view.add_row(entrant_of(name).label, str(len(tried)), str(lost), *cells, describe(entry))
     console.print(view)

@@ -1,0 +1,1 @@
+"""What a step costs, in calls, seconds and memory."""

@@ -1,0 +1,1 @@
+"""What is kept of each layer's curvature, and how it learns."""

@@ -1,0 +1,193 @@
+"""H_A, the factor on the side of a layer's inputs: D̂W H_A, and how it learns from A.
+
+Line numbers are of Algorithm 2 unless another is named.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kfqn.curvature.damping import Shapes
+from kfqn.formulas.inputs import Inputs
+from kfqn.formulas.rows import Rows
+from kfqn.formulas.secant import bfgs_update_, matvec
+from kfqn.formulas.statistics import damped_inverse, second_moment, second_moment_matvec
+from kfqn.parameters.groups import State
+from kfqn.parameters.layers import Layer
+
+
+class InputFactor(ABC):
+    """H_A of a layer, (*g, C, C), whose tensors are in the layer's state; it sees no optimizer.
+
+    Once per step that learns, A is asked: ``query`` gives an s of the mean input ā, ``respond`` what A makes
+    of it, and ``learn_`` takes both in.
+    """
+
+    reads: bool  # whether `learn_` reads numbers back to the host
+
+    @abstractmethod
+    def shapes(self, inputs: Inputs) -> Shapes:
+        """The shapes of what the state holds of H_A."""
+
+    @abstractmethod
+    def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
+        """What the state holds at first, given A (*g, C, C) and λ_A, a number or (*g, 1) (line 2)."""
+
+    @abstractmethod
+    def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
+        """D̂W H_A, (*g, I, C)."""
+
+    @abstractmethod
+    def query(self, mean_a: Tensor, state: State) -> Tensor:
+        """s_A (*g, C), given ā (*g, C): what A is asked with."""
+
+    @abstractmethod
+    def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
+        """What A of this input says to s_A: A s_A (*g, C), or whatever else `learn_` takes."""
+
+    @abstractmethod
+    def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """The shape of `respond`."""
+
+    @abstractmethod
+    def learn_(
+        self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
+    ) -> tuple[Rows, Tensor]:
+        """Take in what was asked and said, in place, for several layers; ``lambda_A``: a number or (rows, 1).
+
+        Returns rows, some for each layer, and which of these were used, (rows, 1).
+        """
+
+
+@final
+@dataclass(frozen=True)
+class HessianActionBFGS(InputFactor):
+    """BFGS with s_A = H_A ā and y_A = A s_A + λ_A s_A, eq. (12); A is formed at the start alone."""
+
+    reads = False
+
+    def shapes(self, inputs: Inputs) -> Shapes:
+        return {"H_A": (*inputs.groups, inputs.columns, inputs.columns)}
+
+    def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
+        return {"H_A": inverse_factor(layer, A, lambda_A, "H_A")}
+
+    def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
+        return inputs.times(DW, state["H_A"])
+
+    def query(self, mean_a: Tensor, state: State) -> Tensor:
+        return matvec(state["H_A"], mean_a)  # line 13
+
+    def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
+        return second_moment_matvec(inputs, a, s)
+
+    def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (*inputs.groups, inputs.columns)
+
+    def learn_(
+        self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
+    ) -> tuple[Rows, Tensor]:
+        rows = Rows.of(s)
+        s_A, As = rows.join(s), rows.join(responses)
+        y_A = As + lambda_A * s_A
+        return rows, bfgs_update_([state["H_A"] for state in states], s_A, y_A)  # line 14
+
+
+@final
+@dataclass(frozen=True)
+class BatchInverse(InputFactor):
+    """H_A = (Â + λ_A I)⁻¹ of the current mini-batch (Algorithm 3, line 11); one that fails keeps the last.
+
+    Costs O(m|T|C² + C³) at every step that learns, and waits for the device.
+    """
+
+    reads = True
+
+    def shapes(self, inputs: Inputs) -> Shapes:
+        return {"H_A": (*inputs.groups, inputs.columns, inputs.columns)}
+
+    def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
+        return {"H_A": inverse_factor(layer, A, lambda_A, "H_A")}
+
+    def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
+        return inputs.times(DW, state["H_A"])
+
+    def query(self, mean_a: Tensor, state: State) -> Tensor:
+        return mean_a  # nothing is asked with it: A itself is wanted
+
+    def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
+        return second_moment(inputs, a)
+
+    def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (*inputs.groups, inputs.columns, inputs.columns)
+
+    def learn_(
+        self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
+    ) -> tuple[Rows, Tensor]:
+        used = [
+            self._inverted_(state, A, own) for state, A, own in self._each(states, responses, s, lambda_A)
+        ]
+        rows = Rows([(1,)] * len(states))
+        return rows, torch.tensor(used, device=s[0].device)[:, None]
+
+    def _each(
+        self, states: list[State], As: list[Tensor], s: list[Tensor], lambda_A: float | Tensor
+    ) -> list[tuple[State, Tensor, float | Tensor]]:
+        """Every layer with its A and its own λ_A, (*g, 1) where that is not one number for all."""
+        if not isinstance(lambda_A, Tensor):
+            return [(state, A, lambda_A) for state, A in zip(states, As, strict=True)]
+        own = Rows([(*x.shape[:-1], 1) for x in s]).part(lambda_A)
+        return [*zip(states, As, own, strict=True)]
+
+    def _inverted_(self, state: State, A: Tensor, lambda_A: float | Tensor) -> bool:
+        try:
+            state["H_A"].copy_(damped_inverse(A, lambda_A))
+        except ValueError:  # inputs too large for a second moment
+            return False
+        return True
+
+
+@final
+@dataclass(frozen=True)
+class NoInputFactor(InputFactor):
+    """H_A = I."""
+
+    reads = False
+
+    def shapes(self, inputs: Inputs) -> Shapes:
+        return {}
+
+    def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
+        return {}
+
+    def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
+        return DW
+
+    def query(self, mean_a: Tensor, state: State) -> Tensor:
+        return mean_a
+
+    def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
+        return s
+
+    def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (*inputs.groups, inputs.columns)
+
+    def learn_(
+        self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
+    ) -> tuple[Rows, Tensor]:
+        rows = Rows.of(s)
+        return rows, torch.zeros(sum(rows.counts), 1, dtype=torch.bool, device=s[0].device)
+
+
+def inverse_factor(layer: Layer, A: Tensor, damping: float | Tensor, name: str) -> Tensor:
+    """(A + damping I)⁻¹; ValueError, naming the layer, if A is not finite."""
+    try:
+        return damped_inverse(A, damping)
+    except ValueError as error:
+        raise ValueError(
+            f"{layer} has no {name}, because {error}: look for NaN, infinite or huge values in what comes "
+            "into it."
+        ) from None

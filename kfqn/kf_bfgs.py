@@ -1,0 +1,196 @@
+"""KF-BFGS and KF-BFGS(L): Algorithm 2 of Ren and Goldfarb, and ours where no learning rate is given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, final
+
+from torch import nn
+
+from kfqn.curvature.output_factor import LBFGS
+from kfqn.optimizer import Kronecker
+from kfqn.parameters.fallback import Others, adamw
+from kfqn.parameters.settings import checked_settings, resolved
+from kfqn.parts import Parts
+from kfqn.quasi_newton import QuasiNewton
+
+
+@final
+class KFBFGS(Kronecker):
+    r"""KF-BFGS: Kronecker-factored BFGS for networks of `Linear` and convolutional layers.
+
+    For every layer, with W the matrix of its weight and bias (shape ``(I, C)``), the step is
+    W ← W − α H_G D̂W H_A. H_A (C × C) follows the inverse second moment of the layer's
+    inputs by Hessian-action BFGS; H_G (I × I) follows the inverse Hessian in its
+    pre-activations by doubly damped BFGS, from how they and their gradients change
+    between two passes over one mini-batch: Algorithm 2 of Ren and Goldfarb,
+    "Kronecker-factored Quasi-Newton Methods for Convolutional Neural Networks" (2021).
+
+    Example::
+
+        optimizer = kfqn.KFBFGS(model)
+        optimizer.warm_start(x for x, _ in loader)  # optional
+        for x, target in loader:
+            loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
+
+    Args:
+        model: the network, all of what the loss trains: the second pass leaves no trace in it, but would
+            in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers, whose
+            inputs have the batch first, get factors, as do subclasses that keep ``forward`` and Transformers'
+            `Conv1D`; see ``others`` for what else it trains. Frozen parameters are ignored.
+        lr: the learning rate α, or "auto": found from the losses of both passes at each step that has two
+            (`kfqn.steps.parabola`), with all layers moving by one share of their size, at most 1.2 over
+            their number, along directions that are orthogonalised (`kfqn.formulas.orthogonal`), and a step
+            that was bad is taken back; steps are halved where the loss of batches comes no lower for long,
+            and layers before a normalisation keep their norms (`kfqn.steps.norms`).
+            ``lr`` in the group is then a factor of it, for schedulers, 1 being all; a warning says where it
+            looks like a learning rate. What is found is ``diagnostics()[""]["rate"]``. A number is the method
+            of the paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with
+            the damping and lie far above those of SGD, and too large a one ends in NaN.
+        damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A and λ_G relative to each
+            layer's A and to the curvature that it meets (`kfqn.formulas.damping`), with ``damping`` in the
+            group as a factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
+            ``lr=30, damping=30``.
+        beta: decay of the averages of the gradient and of the pair (s_G, y_G). With an automatic ``lr`` the
+            step averages the mini-batch's gradient in once more, Nesterov's momentum, and the first averages,
+            which start from zero, are brought to whole weight. ``momentum`` in a group, which OneCycleLR and
+            CyclicLR cycle unless told otherwise, takes its place for the gradient; that of ``others`` stays.
+        mu1: μ₁ of Powell's damping.
+        weight_decay: L2 regularisation: this times W is added to every gradient of a layer; of a bias it is
+            this times ``bias_decay`` of its group, 1 unless groups give weights and biases different decays.
+        decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
+            of an automatic rate by the share of their size that layers move × ``weight_decay``, and layers
+            whose norm is kept not at all.
+        clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
+            which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
+            rates of the paper's grid train (`docs/results.md`).
+        curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
+            a first-order step. Young factors learn more often: at each of the first 20 steps, then at
+            gaps of about a tenth of the steps so far. With an automatic ``lr`` H_G is taught by every
+            ``curvature_interval``-th step only (at first by every tenth, if that is more), the other young
+            ones teach H_A and are judged, which costs a forward pass. 1 is the paper's method to the
+            letter; 10 costs little more than one pass a step (`benchmarks/README.md`).
+        max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
+            most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
+            "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept
+            whole, unless a larger number is given.
+        groups: settings for some modules, each as for `add_param_group`.
+        others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
+            (normalisation, embeddings, …), which then trains them in parameter groups of their own;
+            AdamW by default, with lr 3e-3 beside an automatic rate and 1e-3 else, and SparseAdam for sparse
+            embeddings. `plan` shows what goes where,
+            and a warning says if it is most of them.
+        parts: parts of the method that are not to be those that ``lr`` and ``damping`` choose, from
+            `kfqn.parts`; for example ``kfqn.Parts(direction=Plain())`` (`docs/parts.md`).
+        process_group: the processes that train the model together; found by itself with
+            `DistributedDataParallel` (`docs/distributed.md`).
+        shard_factors: let each of these processes hold and update its share of the factors only.
+        error_if_nonfinite: raise FloatingPointError for a loss or gradient that is not finite;
+            otherwise the step is refused and counted.
+
+    Settings are read from ``param_groups`` at every step. The loss must be a mean over the batch.
+
+    Raises:
+        TypeError: for parameters, or anything else, instead of a model.
+        ValueError: for an argument out of range, a group that is none, a model without any such layer or with
+            parameters that are sharded, and a layer that is too wide for whole factors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto"] = "auto",
+        *,
+        beta: float = 0.9,
+        mu1: float = 0.2,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float | None = None,
+        curvature_interval: int = 10,
+        max_factor_size: int | Literal["auto"] | None = "auto",
+        groups: Sequence[Mapping[str, Any]] = (),
+        others: Others = adamw,
+        parts: Parts = Parts(),  # noqa: B008 - frozen
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "damping": damping,
+            "beta": beta,
+            "mu1": mu1,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "clip": clip,
+            "curvature_interval": curvature_interval,
+            "max_factor_size": max_factor_size,
+        }
+        super().__init__(
+            model,
+            QuasiNewton(),
+            parts,
+            checked_settings(**resolved(settings, {})),
+            groups=groups,
+            others=others,
+            process_group=process_group,
+            shard_factors=shard_factors,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+
+@final
+class KFLBFGS(Kronecker):
+    r"""KF-BFGS(L): `KFBFGS` with H_G kept as its last ``history_size`` pairs, from H₀ = I.
+
+    H_A is dense, as in `KFBFGS`. Algorithm 2 of Ren and Goldfarb (2021) with L-BFGS in
+    line 18. All arguments but one, and what is raised, as for `KFBFGS`.
+
+    Args:
+        history_size: p, how many pairs (s, y) are kept; the oldest is dropped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto"] = "auto",
+        *,
+        history_size: int = 100,
+        beta: float = 0.9,
+        mu1: float = 0.2,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float | None = None,
+        curvature_interval: int = 10,
+        max_factor_size: int | Literal["auto"] | None = "auto",
+        groups: Sequence[Mapping[str, Any]] = (),
+        others: Others = adamw,
+        parts: Parts = Parts(),  # noqa: B008 - frozen
+        process_group: Any = None,
+        shard_factors: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "damping": damping,
+            "history_size": history_size,
+            "beta": beta,
+            "mu1": mu1,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "clip": clip,
+            "curvature_interval": curvature_interval,
+            "max_factor_size": max_factor_size,
+        }
+        super().__init__(
+            model,
+            QuasiNewton(),
+            replace(parts, output=parts.output or LBFGS()),
+            checked_settings(**resolved(settings, {})),
+            groups=groups,
+            others=others,
+            process_group=process_group,
+            shard_factors=shard_factors,
+            error_if_nonfinite=error_if_nonfinite,
+        )

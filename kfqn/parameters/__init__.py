@@ -1,0 +1,1 @@
+"""What is trained: settings, layers as matrices, parameter groups, and the fallback optimizer."""

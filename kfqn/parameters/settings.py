@@ -1,0 +1,84 @@
+"""Which values the settings of the optimizers may have."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_RANGES = {  # low, high, whether low itself is allowed
+    "lr": (0, math.inf, False),
+    "damping": (0, math.inf, False),
+    "beta": (0, 1, True),
+    "mu1": (0, 1, False),
+    "weight_decay": (0, math.inf, True),
+    "bias_decay": (0, math.inf, True),
+    "momentum": (0, 1, True),
+    "averaging": (0, 1, True),
+    "clip": (0, math.inf, False),
+}
+_UNSET = ("clip", "max_factor_size", "momentum")  # may be None
+_WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
+_DAMPING = 3.0  # where none is given with a fixed learning rate
+_LARGEST = 256  # rows of a factor, where none are given with an automatic one
+
+
+def checked_settings(**settings: Any) -> dict[str, Any]:
+    """The settings as a group; ValueError for one that is out of range. Flags are not looked at."""
+    for name, value in settings.items():
+        if name not in (*_RANGES, *_WHOLE) or (value is None and name in _UNSET):
+            continue
+        if name in _WHOLE:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+            continue
+        low, high, closed = _RANGES[name]
+        try:
+            inside = low <= value < high if closed else low < value < high
+        except TypeError:  # no number
+            inside = False
+        if not inside:
+            upper = "finite" if high == math.inf else f"< {high:g}"
+            raise ValueError(f"{name} must be {'>=' if closed else '>'} {low:g} and {upper}, got {value}.")
+    return settings
+
+
+def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is "auto" of ``lr``, ``damping`` and ``max_factor_size`` as a group keeps it: a flag and a number.
+
+    ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
+    is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
+    steps of one size of them; and with a number for the rate factors stay whole, as in the paper.
+    ValueError for any other word.
+    """
+    flags = {"lr": "automatic", "damping": "relative", "max_factor_size": "bounded"}
+    if not settings.keys() & flags.keys():
+        return settings
+    given = {
+        key: settings.get(key, "auto" if defaults.get(flag) else defaults.get(key))
+        for key, flag in flags.items()
+    }
+    for key, value in given.items():
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f'{key} must be a number or "auto", got {value!r}.')
+    unset = {key: isinstance(value, str) and value == "auto" for key, value in given.items()}
+    automatic, relative = unset["lr"], unset["lr"] and unset["damping"]
+    if automatic:
+        given["lr"] = 1.0
+    if unset["damping"]:
+        given["damping"] = 1.0 if relative else _DAMPING
+    if unset["max_factor_size"]:
+        given["max_factor_size"] = _LARGEST if automatic else None
+    bounded = unset["max_factor_size"]
+    return settings | given | {"automatic": automatic, "relative": relative, "bounded": bounded}
+
+
+def momentum(group: Mapping[str, Any]) -> float:
+    """β of the average of the gradient.
+
+    ``momentum`` is None, and ``beta`` holds, unless it is set: by OneCycleLR and CyclicLR, which cycle it.
+    """
+    return float(group["beta"] if group["momentum"] is None else group["momentum"])
+
+
+def l2(group: Mapping[str, Any]) -> float:
+    """What times W is added to gradients; 0 where weights decay by themselves."""
+    return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])

@@ -1,0 +1,70 @@
+"""The parts that an optimizer is made of, and which ones the settings of a group choose (`docs/parts.md`)."""
+
+from dataclasses import dataclass, fields, replace
+from typing import final
+
+from kfqn.curvature.damping import AbsoluteDamping, Damping, RelativeDamping
+from kfqn.curvature.input_factor import HessianActionBFGS, InputFactor
+from kfqn.curvature.output_factor import BFGS, OutputFactor
+from kfqn.parameters.groups import Group
+from kfqn.steps.automatic import Automatic
+from kfqn.steps.average import Averaged, GradientAverage, Nesterov
+from kfqn.steps.cadence import BothTogether, Cadence, InputsOftener
+from kfqn.steps.direction import Direction, Orthogonalised, Plain
+from kfqn.steps.rule import FixedRate, StepRule
+
+
+@final
+@dataclass(frozen=True)
+class Parts:
+    """One part of each kind. None stands for what the settings of a group choose, as in `chosen`.
+
+    ``input`` and ``output`` are the factors H_A and H_G, ``damping`` what is added to both; ``curved_only``
+    says that pairs with sᵀy ≤ 0 are left out, and not damped; ``average`` is what directions are taken of,
+    and ``direction`` what becomes of them; ``steps`` says how long they are, and ``cadence`` when the factors
+    learn.
+    """
+
+    input: InputFactor | None = None
+    output: OutputFactor | None = None
+    damping: Damping | None = None
+    curved_only: bool | None = None
+    average: GradientAverage | None = None
+    direction: Direction | None = None
+    steps: StepRule | None = None
+    cadence: Cadence | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Chosen:
+    """The parts of one group."""
+
+    input: InputFactor
+    output: OutputFactor
+    damping: Damping
+    curved_only: bool
+    average: GradientAverage
+    direction: Direction
+    steps: StepRule
+    cadence: Cadence
+
+
+def chosen(parts: Parts, group: Group) -> Chosen:
+    """The parts of a group: those given, and else the paper's with a number for ``lr``, ours without.
+
+    Ours may have no number for ``lr`` and one for ``damping``.
+    """
+    automatic, relative = group.get("automatic", False), group.get("relative", False)
+    usual = Chosen(
+        input=HessianActionBFGS(),
+        output=BFGS(),
+        damping=RelativeDamping() if relative else AbsoluteDamping(),
+        curved_only=automatic,
+        average=Nesterov() if automatic else Averaged(),
+        direction=Orthogonalised() if automatic else Plain(),
+        steps=Automatic() if automatic else FixedRate(),
+        cadence=InputsOftener() if automatic else BothTogether(),
+    )
+    given = {f.name: part for f in fields(parts) if (part := getattr(parts, f.name)) is not None}
+    return replace(usual, **given)

@@ -1,0 +1,1 @@
+"""Watched passes through the model, and passes that leave no trace in it."""

@@ -1,0 +1,43 @@
+"""What to keep of a pass through the model."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from kfqn.passes.record import LayerRecord
+
+Reduction = Callable[[Tensor], Tensor]
+InputReduction = weakref.WeakMethod[Callable[[LayerRecord, Tensor], Any]]
+
+
+@final
+@dataclass(frozen=True)
+class PassSpec:
+    """What to keep of each call: its input, and what h and Dh are reduced to.
+
+    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``. ``frozen`` says
+    that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``reduced``
+    says what to keep instead of an input when its gradient arrives, given what was recorded of the layer so
+    far; with None it is kept itself. With ``gated`` nothing is kept, and no backward pass goes through a
+    layer; with ``cut`` neither does `torch.autograd.grad`, and autograd does not know what was before.
+    """
+
+    inputs: bool
+    h: Reduction | None = None
+    Dh: Reduction | None = None
+    frozen: bool = False
+    reduced: InputReduction | None = None
+    gated: bool = False
+    cut: bool = False
+
+
+def nothing_of(x: Tensor) -> Tensor:
+    """Zero, for a `PassSpec` that asks which gradients arrive, and not what they are."""
+    return x.new_zeros(())
+
+
+LOSS_ALONE = PassSpec(inputs=False, frozen=True, gated=True)
+LOSS_WITHOUT_GRADIENTS = PassSpec(inputs=False, frozen=True, gated=True, cut=True)

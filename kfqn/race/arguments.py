@@ -1,0 +1,138 @@
+"""What a person types, as values: each is a ``type`` for argparse, and says what is wrong with a text."""
+
+import contextlib
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Sequence
+
+from kfqn.race.entrants import ENTRANTS, SWEPT, Entrant, Settings
+from kfqn.race.entrants.grids import Grid
+from kfqn.race.entrants.registry import OF_TRAINER
+from kfqn.race.entrants.settings import did_you_mean
+
+
+def seconds(text: str) -> float:
+    """A number of seconds > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"must be a number of seconds > 0, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number ≥ 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def one_of(noun: str, known: Collection[str]) -> Callable[[str], str]:
+    """A name among those known; the ``noun`` says what of."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise ArgumentTypeError(_unknown(noun, text, known))
+        return text
+
+    return name
+
+
+def _unknown(noun: str, text: str, known: Collection[str]) -> str:
+    return f"no {noun} {text!r}{did_you_mean(text, known)} (choose from {', '.join(known)})"
+
+
+def entrant(text: str) -> tuple[str, Settings | None]:
+    """``name`` or ``name:key=value,key=value``; None stands for the best known settings."""
+    name, rest = _name_and_settings(text)
+    if "." in name:
+        pairs = [_pair(item) for item in rest.split(",")] if rest else []
+        return name, {key: _argument(key, value) for key, _, value in pairs}
+    if name not in ENTRANTS:
+        raise ArgumentTypeError(_unknown("optimizer", name, ENTRANTS))
+    return name, settings_of(ENTRANTS[name], rest) if rest else None
+
+
+def settings_of(entrant: Entrant, text: str) -> Settings:
+    """``key=value,key=value`` for this entrant, in the order in which it names its settings."""
+    pairs = [_pair(item) for item in text.split(",")]
+    given = [key for key, _, _ in pairs]
+    known = (*entrant.settings, *OF_TRAINER)
+    if len({*given}) < len(given) or not {*entrant.required} <= {*given} <= {*known}:
+        wrong = next((key for key in given if key not in known), "")
+        raise ArgumentTypeError(f"{_takes(entrant)}, got {text!r}{did_you_mean(wrong, known)}")
+    words = {
+        key: _word(key, value, entrant.choices[key]) for key, _, value in pairs if key in entrant.choices
+    }
+    try:
+        numbers = {key: float(value) for key, _, value in pairs if key not in words}
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not of the form key=number,key=number") from None
+    if not all(math.isfinite(v) and (v > 0 or key not in entrant.required) for key, v in numbers.items()):
+        raise ArgumentTypeError(f"settings must be > 0 and finite, got {text!r}")
+    settings: Settings = numbers | words
+    return {key: settings[key] for key in known if key in settings}
+
+
+def _takes(entrant: Entrant) -> str:
+    """What an entrant can be set to: "adam takes lr=...,eps=... and, if you like, beta2=..."."""
+    words = [f"{key}={'|'.join(allowed)}" for key, allowed in entrant.choices.items()]
+    required = ",".join(f"{key}=..." for key in entrant.required)
+    options = ",".join(
+        [*(f"{key}=..." for key in entrant.options), *words, *(f"{key}=..." for key in OF_TRAINER)]
+    )
+    return (
+        f"{entrant.name} takes {required} and, if you like, {options}"
+        if required
+        else f"{entrant.name} takes only {options}"
+    )
+
+
+def _word(key: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ArgumentTypeError(
+            f"{key} must be {' or '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}"
+        )
+    return value
+
+
+def swept(text: str) -> tuple[str, Grid | None]:
+    """``name``, or ``dotted.name:key=value/value,...``; None stands for the grid of `entrants.grids`."""
+    name, _, rest = text.partition(":")
+    if "." in name and rest:
+        pairs = [_pair(item) for item in rest.split(",")]
+        return name, {
+            key: tuple(_argument(key, value) for value in values.split("/")) for key, _, values in pairs
+        }
+    if "." in name:
+        raise ArgumentTypeError(f"{name} has no grid: give the values to try, as in {name}:lr=0.01/0.1")
+    if text not in SWEPT:
+        near = did_you_mean(text, SWEPT)
+        raise ArgumentTypeError(
+            f"no optimizer with a grid is {text!r}{near} (choose from {', '.join(SWEPT)})"
+        )
+    return text, None
+
+
+def _name_and_settings(text: str) -> tuple[str, str]:
+    """``name:rest``, where the name may end with ``:auto``."""
+    name, _, rest = text.partition(":")
+    word, _, further = rest.partition(":")
+    return (f"{name}:{word}", further) if f"{name}:{word}" in ENTRANTS else (name, rest)
+
+
+def _pair(item: str) -> tuple[str, str, str]:
+    key, equals, value = item.partition("=")
+    return key.strip(), equals, value.strip()
+
+
+def _argument(key: str, value: str) -> float:
+    """An argument of any optimizer: true, false, a whole number or another."""
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    raise ArgumentTypeError(f"{key} must be a number, true or false, got {value!r}")

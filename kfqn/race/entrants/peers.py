@@ -1,0 +1,150 @@
+"""Optimizers of other packages, each built as its authors advise, and any other by its dotted name.
+
+What is not torch's comes from the dependency group ``peers``.
+"""
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from kfqn.race.entrants.settings import Settings
+from kfqn.race.failure import Failure
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+def sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's SGD with momentum 0.9."""
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=weight_decay)
+
+
+def adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's Adam."""
+    import torch
+
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=settings["lr"],
+        betas=(0.9, settings.get("beta2", 0.999)),
+        eps=settings["eps"],
+        weight_decay=weight_decay,
+    )
+
+
+def adamw(model: "nn.Module", settings: Settings, _: float) -> "Optimizer":
+    """torch's AdamW. Its weight decay is decoupled, and a setting instead of the problem's."""
+    import torch
+
+    return torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=settings["decay"])
+
+
+def soap(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo, renewed at every tenth step."""
+    optimizer: Optimizer = _of("pytorch_optimizer", "SOAP")(
+        model.parameters(),
+        lr=settings["lr"],
+        betas=(settings["beta"], settings["beta"]),
+        weight_decay=weight_decay,
+        precondition_frequency=int(settings.get("interval", 10)),
+    )
+    return optimizer
+
+
+def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """Shampoo (Gupta et al. 2018; Anil et al. 2020), grafted to SGD, its roots new at every tenth step."""
+    optimizer: Optimizer = _of("pytorch_optimizer", "ScalableShampoo")(
+        model.parameters(),
+        lr=settings["lr"],
+        weight_decay=weight_decay,
+        matrix_eps=settings["eps"],
+        start_preconditioning_step=10,
+        preconditioning_compute_steps=int(settings.get("interval", 10)),
+    )
+    return optimizer
+
+
+def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """Muon (Jordan et al. 2024) for hidden weights; AdamW with lr ``adam`` for the last layer and vectors."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    hidden = matrices[:-1]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
+    optimizer: Optimizer = _of("pytorch_optimizer", "Muon")(
+        groups,
+        lr=settings["lr"],
+        adamw_lr=settings["adam"],
+        weight_decay=weight_decay,
+        adamw_wd=weight_decay,
+        weight_decouple=False,
+    )
+    return optimizer
+
+
+def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """SINGD (Lin et al. 2024) with dense factors. It trains `Linear` and `Conv2d` layers alone."""
+    from torch import nn
+
+    left = [m for m in model.modules() if not isinstance(m, nn.Linear | nn.Conv2d)]
+    if any(p.requires_grad for m in left for p in m.parameters(recurse=False)):
+        raise Failure("singd leaves parameters of this problem's model untrained: race others on it.")
+    optimizer: Optimizer = _of("singd.optim.optimizer", "SINGD")(
+        model,
+        lr=settings["lr"],
+        lr_cov=settings["lr_cov"],
+        damping=settings.get("damping", 1e-3),
+        weight_decay=weight_decay,
+        normalize_lr_cov=True,
+    )
+    return optimizer
+
+
+def by_dotted_name(path: str) -> "type[Optimizer]":
+    """The class of this dotted name; Failure if it cannot be imported or is no torch optimizer."""
+    import torch
+
+    module, _, name = path.rpartition(".")
+    found = _of(module, name)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise Failure(f"{path} is no torch.optim.Optimizer: name such a class.")
+    return found
+
+
+def from_class(path: str, model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """Any torch optimizer, with settings as arguments and others at their defaults.
+
+    One whose first argument is called ``model`` gets the model, others its parameters. The
+    problem's weight decay is used where the optimizer takes one and none is among the settings.
+    """
+    kind = by_dotted_name(path)
+    arguments: dict[str, Any] = dict(settings)
+    takes = [*inspect.signature(kind).parameters]
+    if "weight_decay" in takes:
+        arguments.setdefault("weight_decay", weight_decay)
+    trained: Any = model if takes[:1] == ["model"] else model.parameters()
+    try:
+        optimizer: Optimizer = kind(trained, **arguments)
+    except TypeError as error:
+        raise Failure(f"{path} cannot be built with {arguments}: {error}.") from error
+    return optimizer
+
+
+def _of(module: str, name: str) -> Any:
+    """A class of another package, or of a file in the current folder; Failure if it is not there."""
+    try:
+        found = importlib.import_module(module) if module else None
+    except ImportError as error:
+        if (error.name or "").split(".")[0] in ("pytorch_optimizer", "singd", "einops", "einconv"):
+            raise Failure(
+                f"{error.name} is missing: install the peers with 'make peers', or pip install --no-deps "
+                "-c constraints.txt --group peers."
+            ) from error
+        raise Failure(f"{module} cannot be imported ({error}): give the class's dotted name.") from error
+    except Exception as error:  # whatever its own lines raise
+        raise Failure(f"{module} cannot be imported ({type(error).__name__}: {error}): mend it.") from error
+    if not hasattr(found, name):
+        raise Failure(f"{module or 'the empty module'} has no {name}: give the class's dotted name.")
+    return getattr(found, name)

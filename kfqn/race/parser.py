@@ -1,0 +1,227 @@
+"""What can be said on the command line, and its help, without importing anything heavy."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfqn import __version__
+from kfqn.race.arguments import entrant, one_of, positive, seconds, swept
+from kfqn.race.entrants import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT
+from kfqn.race.entrants.grids import SETTINGS
+from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = argparse.ArgumentParser(
+        prog="kfqn",
+        description="Race Kronecker-factored quasi-Newton optimizers against others on real images.",
+    )
+    top.add_argument("--version", action="version", version=f"kfqn {__version__}")
+    commands = top.add_subparsers(required=True, metavar="command")
+    add_race(commands)
+    add_sweep(commands)
+    add_figure(commands)
+    add_table(commands)
+    return top
+
+
+def add_race(commands: "Commands") -> None:
+    """``kfqn race``."""
+    race = commands.add_parser(
+        "race",
+        help="train one model with several optimizers and show who is ahead",
+        description="Train the same model on the same data with several optimizers, by default each with the "
+        "best settings a sweep found, and show who is ahead by epoch and by second: a table, race.png and "
+        "race.html. An interrupted race goes on where it stopped; finished runs are not done again.",
+    )
+    race.set_defaults(command="race")
+    add_optimizers(
+        race,
+        entrant,
+        DEFAULT_FIELD,
+        "NAME[:KEY=VALUE,...]",
+        f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
+        f"(default: {' '.join(DEFAULT_FIELD)}); or any torch optimizer by its dotted name, with its own "
+        "arguments: torch.optim.RMSprop:lr=1e-3,centered=true; cosine=1 lets the learning rate of any fall "
+        "to 0 along half a cosine, averaged=8 reads loss and error of an average of the weights that forgets "
+        "all but about the last ninth of the steps",
+    )
+    race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
+    add_problem(race)
+    add_scale(race)
+
+
+def add_sweep(commands: "Commands") -> None:
+    """``kfqn sweep``."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="tune optimizers: try every point of their grids",
+        description="Train every point of the optimizers' grids (on the paper's problems those of its "
+        "appendix B.2), print the best of each and save all. An interrupted sweep goes on where it stopped, "
+        "and several commands, on several machines that share the folder, can work on one sweep.",
+    )
+    sweep.set_defaults(command="sweep")
+    add_optimizers(
+        sweep,
+        swept,
+        PAPER_FIELD,
+        "NAME[:KEY=VALUE/VALUE,...]",
+        f"any of {', '.join(SWEPT)} (default: {' '.join(PAPER_FIELD)}); or any torch optimizer by its dotted "
+        "name, with the values to try: mine.MySGD:lr=0.01/0.1/1,nesterov=true",
+    )
+    sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
+    sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
+    sweep.add_argument(
+        "--by",
+        choices=("average_loss", "train_loss", "test_error"),
+        default="average_loss",
+        help="what the best point has the least of, at the end of any epoch; average_loss is the paper's "
+        "0.9 moving average of mini-batch losses (default: %(default)s)",
+    )
+    add_search(sweep)
+    add_problem(sweep)
+    add_scale(sweep)
+
+
+def add_figure(commands: "Commands") -> None:
+    """``kfqn figure``."""
+    figure = commands.add_parser(
+        "figure",
+        help="draw a figure of the paper",
+        description="Draw Figure 1, 2, 3 or 4 of the paper from the files of runs in the output folder, "
+        "after running what is missing. Settings: those that 'kfqn sweep --out OUT/PROBLEM' found, else the "
+        "paper's Table 3 (Figures 3 and 4 sweep first if nobody has). A run lasts the paper's 2000 CPU "
+        "seconds, by the share of the training images that --train-size leaves, unless --epochs or --budget "
+        "says otherwise.",
+    )
+    figure.set_defaults(command="figure")
+    figure.add_argument("number", type=int, choices=(1, 2, 3, 4))
+    figure.add_argument(
+        "--seeds", type=positive, default=5, help="runs of everything (default: the paper's 5)"
+    )
+    add_paper(figure)
+
+
+def add_table(commands: "Commands") -> None:
+    """``kfqn table``."""
+    table = commands.add_parser(
+        "table",
+        help="print a table of the paper",
+        description="Print Table 1 (storage), 2 (computation per iteration) or 3 (best settings) of the "
+        "paper with what is measured here. Table 3 sweeps first where nobody has; its options are "
+        "those of 'kfqn sweep'. Tables 1 and 2 need no data.",
+    )
+    table.set_defaults(command="table")
+    table.add_argument("number", type=int, choices=(1, 2, 3))
+    table.add_argument(
+        "--batch-size", type=positive, default=256, help="m, for Table 2 (default: the paper's 256)"
+    )
+    add_paper(table)
+
+
+def add_optimizers(
+    command: argparse.ArgumentParser,
+    kind: Callable[[str], tuple[str, Any]],
+    field: Sequence[str],
+    metavar: str,
+    help: str,
+) -> None:
+    """Who takes part: names with whatever ``kind`` reads after a colon, by default this field."""
+    default = [(name, None) for name in field]
+    command.add_argument("--optimizers", nargs="+", type=kind, default=default, metavar=metavar, help=help)
+
+
+def add_paper(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that redo a figure or a table."""
+    command.add_argument(
+        "--problem",
+        nargs="+",
+        type=one_of("problem", PROBLEMS),
+        choices=PROBLEMS,
+        metavar="PROBLEM",
+        help="default: those the paper shows there",
+    )
+    command.add_argument(
+        "--optimizers",
+        nargs="+",
+        type=one_of("optimizer", PAPER_FIELD),
+        choices=PAPER_FIELD,
+        help="default: those the paper shows there",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs"),
+        help="output folder, which holds one folder a problem (default: runs)",
+    )
+    add_search(command)
+    add_scale(command)
+
+
+def add_problem(command: argparse.ArgumentParser) -> None:
+    """The problem and the folder of a command that deals with one."""
+    command.add_argument(
+        "--problem",
+        type=one_of("problem", PROBLEMS),
+        choices=PROBLEMS,
+        default="digits",
+        help="default: digits, needs no download",
+    )
+    command.add_argument("--out", type=Path, help="output folder (default: runs/PROBLEM)")
+
+
+def add_search(command: argparse.ArgumentParser) -> None:
+    """How a command that tunes goes through the grids."""
+    command.add_argument(
+        "--coarse",
+        nargs="*",
+        choices=SETTINGS,
+        default=None,
+        metavar="SETTING",
+        help="only every second value of these settings, of every one if none is named",
+    )
+    command.add_argument(
+        "--points",
+        type=positive,
+        metavar="N",
+        help="of a larger grid try only N points, drawn at random but always the same: equal chances for all",
+    )
+    command.add_argument(
+        "--halving",
+        action="store_true",
+        help="successive halving: all points for a ninth of the length, the best third for a third, "
+        "the best third of those in full",
+    )
+
+
+def add_scale(command: argparse.ArgumentParser) -> None:
+    """Options of every command that trains."""
+    command.add_argument("--epochs", type=positive, help="passes over the training images")
+    command.add_argument(
+        "--budget", type=seconds, metavar="S", help="stop a run after so many CPU seconds of training"
+    )
+    command.add_argument("--width", type=positive, help="filters of the first layer (default: the problem's)")
+    command.add_argument("--train-size", type=positive, help="use only the first so many training images")
+    command.add_argument(
+        "--eval-size",
+        type=positive,
+        default=10_000,
+        help="read loss and error on the first so many training and test images (default: %(default)s)",
+    )
+    command.add_argument(
+        "--data-dir",
+        type=Path,
+        help=f"where the images are (default: ./{DEFAULT_DATA}, downloaded to it once)",
+    )
+    command.add_argument(
+        "--jobs",
+        type=positive,
+        help="parallel processes (default: one a core that this one may use; on a GPU, 1), of one thread "
+        "each, or of OMP_NUM_THREADS",
+    )
+    command.add_argument("--device", default="cpu", help="torch device, e.g. cuda (default: %(default)s)")

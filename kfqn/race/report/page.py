@@ -1,0 +1,74 @@
+"""The report of a race: one self-contained HTML page, and the same table in the terminal."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import jinja2
+from rich.console import Console
+
+from kfqn.race.report.figure import draw
+from kfqn.race.report.results import RACE, Result, results_of
+from kfqn.race.report.sentences import merged_conditions, title_of, unfinished, verdict
+from kfqn.race.report.table import headings, print_table, rows
+from kfqn.race.runs import Run
+from kfqn.race.runs.files import write_atomically
+
+EXPLANATION = (
+    "Means over the seeds, ± the standard error; the lowest final loss on top. Training loss: of the final "
+    "weights, over the training images without augmentation. Target: the lowest training loss that every "
+    "optimizer that learned has reached at the end of an epoch in the median over its seeds; epochs and "
+    "seconds to it are medians too. An optimizer has learned if its lowest loss is at least half the way "
+    "from guessing, ln(classes), to the lowest of all. Seconds are training alone: neither evaluation nor "
+    "the warm start is in them."
+)
+
+
+def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
+    """Draw ``race.png`` and ``race.html`` in ``out`` from the files of the runs, and print the table."""
+    results = results_of(runs)
+    table = rows(results)
+    title = title_of(runs)
+    draw([("", results)], title, out / "race.png")
+    page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "report"), autoescape=True)
+    html = page.get_template("report.html.jinja").render(
+        title=title,
+        verdict=verdict(results),
+        figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
+        headings=astuple(headings(RACE)),
+        rows=[astuple(row) for row in table],
+        explanation=EXPLANATION,
+        unfinished=unfinished(runs),
+        factors=factors_of(results),
+        conditions=merged_conditions(runs),
+    )
+    write_atomically(out / "race.html", html)
+    print_table(table, title, console, RACE)
+    console.print(verdict(results), soft_wrap=not console.is_terminal)
+    for name, reason, _ in unfinished(runs):
+        console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`diagnostics` of an optimizer at the end of a run, as a table of its layers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def factors_of(results: Sequence[Result]) -> list[Factors]:
+    """What the factors did in the first finished run of every optimizer that has diagnostics."""
+    found = []
+    for result in results:
+        last = result.epochs[0][-1].get("diagnostics") if result.epochs else None
+        if last:
+            layers = {name: values for name, values in last.items() if name}
+            headings = [*next(iter(layers.values()))]
+            rows = [[name, *(f"{values[key]:.4g}" for key in headings)] for name, values in layers.items()]
+            refused = f"{last['']['refused']:g} steps refused"
+            found.append(Factors(f"{result.label}: {refused}", ["layer", *headings], rows))
+    return found

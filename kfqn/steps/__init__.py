@@ -1,0 +1,1 @@
+"""How far layers move along which average and direction, and when curvature is learnt."""
