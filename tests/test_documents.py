@@ -115,7 +115,7 @@ def test_a_race_at_any_scale_with_lost_runs_makes_a_section(tmp_path, monkeypatc
     assert "| SGD-m (lr 1000), 1 diverged | – | – | – | – | – : – |" in text
     assert "*loss* lower than SOAP, SGD-m; *test error* lower" in " ".join(text.split())
     assert make.claims([race]).splitlines()[-1] == (
-        "| CIFAR-10, All-CNN-C | 0.5, 12.5 | lost | – | 1.4, 35.0, 1 |"
+        "| CIFAR-10, All-CNN-C, one seed | 0.5, 12.5 | lost | – | 1.4, 35.0, 1 |"
     )
     command = json.loads((tmp_path / "large.json").read_text(encoding="utf-8"))["command"]
     assert command == (
