@@ -328,9 +328,10 @@ def claims(races: Sequence[Race]) -> str:
         ours = race.ours
         if ours is not None:
             best = [next((s for s in race.field if s.config.entrant in names), None) for _, names in SHOWN]
-            title = race.title + ", one seed" * (race.seeds == 1)
+            title = race.title + r"\*" * (race.seeds == 1)
             lines.append(row(title, cell(ours, ours), *(cell(s, ours) for s in best)))
-    return "\n".join(lines)
+    hint = ["", r"\* One seed: a hint, not more."] if any(race.seeds == 1 for race in races) else []
+    return "\n".join([*lines, *hint])
 
 
 def files() -> list[Path]:
