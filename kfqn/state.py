@@ -143,7 +143,7 @@ class States:
         if any("progress" not in group for group in of_layers):
             raise ValueError(
                 f"this state is not {groups.name}'s, or was saved by an earlier version of kfqn, which kept "
-                "what it had found elsewhere in its groups: load the weights alone, and start the optimizer anew."
+                "what it had found elsewhere in its groups: load the weights alone, and start anew."
             )
         return state_dict
 

@@ -356,7 +356,8 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(
         here("race", "--optimizers", "kfbfgs:lr=1"),
-        "interval=...,largest=...,warm=...,cosine=...,averaged=..., got 'lr=1'",
+        "interval=...,largest=...,warm=...,input=",
+        "cosine=...,averaged=..., got 'lr=1'",
     )
     one_line(
         here("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),
