@@ -128,13 +128,6 @@ class States:
         Raises ValueError for the state of another method, another model or an earlier version.
         """
         groups, places = self.groups, {*self.groups.places.values()}
-        saved_groups = saved["param_groups"]
-        if any(p in places and "progress" not in group for p, group in enumerate(saved_groups)):
-            raise ValueError(
-                f"this state is not {groups.name}'s, or was saved by an earlier version of kfqn, "
-                "which kept what it had found elsewhere in its groups: load the weights alone, and start "
-                "the optimizer anew."
-            )
         completed = [
             {**{key: groups.defaults[key] for key in groups.defaults if key not in group}, **group}
             if place in places
@@ -146,6 +139,12 @@ class States:
         for p, state, group in self._pairs(state_dict):
             if state and p not in fallback:
                 self._check(layers.get(p), state, group)
+        of_layers = [group for place, group in enumerate(saved["param_groups"]) if place in places]
+        if any("progress" not in group for group in of_layers):
+            raise ValueError(
+                f"this state is not {groups.name}'s, or was saved by an earlier version of kfqn, which kept "
+                "what it had found elsewhere in its groups: load the weights alone, and start anew."
+            )
         return state_dict
 
     def _pairs(self, saved: Mapping[str, Any]) -> list[tuple[Tensor, State, Group]]:

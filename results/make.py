@@ -263,7 +263,8 @@ def verdict(race: Race) -> str:
     told = [("loss", compared(race, measure.loss)), ("test error", compared(race, "test_error"))]
     told += [("time to the lowest loss of each", times)]
     parts = [f"*{what}* {classes(found)}" for what, found in told if found]
-    return f"Ours: {'; '.join(parts)}. {first}."
+    hint = " One seed is a hint, not more." if race.seeds == 1 else ""
+    return f"Ours: {'; '.join(parts)}. {first}.{hint}"
 
 
 def classes(found: dict[str, list[str]]) -> str:
@@ -327,8 +328,10 @@ def claims(races: Sequence[Race]) -> str:
         ours = race.ours
         if ours is not None:
             best = [next((s for s in race.field if s.config.entrant in names), None) for _, names in SHOWN]
-            lines.append(row(race.title, cell(ours, ours), *(cell(s, ours) for s in best)))
-    return "\n".join(lines)
+            title = race.title + r"\*" * (race.seeds == 1)
+            lines.append(row(title, cell(ours, ours), *(cell(s, ours) for s in best)))
+    hint = ["", r"\* One seed: a hint, not more."] if any(race.seeds == 1 for race in races) else []
+    return "\n".join([*lines, *hint])
 
 
 def files() -> list[Path]:

@@ -155,7 +155,7 @@ def test_a_race_on_a_damaged_folder_from_the_command_line(tmp_path):
     A run that fails is shown, and tried again by the same command.
     """
     sound = ["race", "--optimizers", "sgd:lr=0.05", "adam:lr=0.01,eps=1e-8"]
-    race, scale = [*sound, "kfbfgs:lr=1,damping=1"], [*TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path]
+    race, scale = [*sound, "kfbfgs:lr=1,damping=1"], [*TINY, "--seeds", 1, "--jobs", 2, "--out", tmp_path]
     assert here(*sound, *scale).returncode == 0
     ours = Run.create(tmp_path / "runs", config(epochs=2))
     torch.save({"model": {}}, ours.checkpoint)  # whole, but of something else
