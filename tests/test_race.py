@@ -365,7 +365,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(
         here("race", "--optimizers", "kfbfgs:auto:lr=1"),
-        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,warm=...,cosine=...,",
+        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,warm=...,input=action|",
     )
     one_line(here("race", "--optimizers", "kfac:lr=1,damping=1,pi"), "is not of the form key=number")
     one_line(here("race", "--seeds", "0"), "argument --seeds: must be a whole number >= 1, got '0'")
