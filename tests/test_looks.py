@@ -1,13 +1,13 @@
 """Second passes that are asked for the loss alone: what they cost, and that nobody notices."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import AUTOMATIC, batches, believe, closure, odd_cnn, search_of
-from test_cadence import LEARNT
 from test_contract import Noisy, snapshot, train, unchanged
 from test_doors import Checkpointed
 from test_self_tuning import by_hand
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kfqn
 from kfqn.passes.replay import random_state, second_pass
 from kfqn.passes.spec import LOSS_ALONE
-from kfqn.steps.cadence import pair_gap
+from kfqn.steps.cadence import gap, is_met, pair_gap
 
 INTERVAL = 3
 
@@ -73,8 +73,8 @@ def test_H_A_learns_from_every_step_that_is_judged_and_H_G_at_the_interval(make)
         learnt = {
             name: sum(n - before.get(key, 0) for key, n in now.items() if key[0] == name) for name in "AG"
         }
-        assert learnt == {"A": passes[-1] - 1, "G": int(k % INTERVAL == 0)}
-    expected = {*LEARNT} | {k for k in range(40) if k % INTERVAL == 0}
+        assert learnt == {"A": passes[-1] - 1, "G": int(is_met(k, INTERVAL))}
+    expected = {k for k in range(40) if is_met(k, gap(k, INTERVAL)) or is_met(k, INTERVAL)}
     assert expected <= {k for k, n in enumerate(passes) if n == 2}
 
 
@@ -373,6 +373,16 @@ def test_factors_that_start_anew_get_a_pair_as_soon_as_that_can_be(make, k):
     assert torch.isfinite(optimizer.state[model[0].weight]["H_A"]).all()
     assert pairs[:2] == [0, 1]
     assert sum(pairs) == 1
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 10])
+@pytest.mark.parametrize("interval", [2, 5, 10, 40])
+def test_of_tasks_in_turn_each_is_met(interval, period):
+    met = [k for k in range(400, 400 + 3000 * interval // 10) if is_met(k, pair_gap(k, interval))]
+    counts = [sum(k % period == task for k in met) for task in range(period)]
+    assert min(counts) > 0.4 * max(counts)  # of an odd gap two thirds are of one parity
+    gaps = {b - a for a, b in itertools.pairwise(met)}
+    assert max(gaps) <= pair_gap(met[-1], interval) + 1
 
 
 @pytest.mark.parametrize("interval", [1, 7, 10, 40, 200, 1000])

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from cases import AUTOMATIC, VisionTransformer, batches, closure, mlp, odd_cnn, recurrent, search_of, searched
+from cases import (
+    AUTOMATIC,
+    VisionTransformer,
+    batches,
+    believe,
+    closure,
+    mlp,
+    odd_cnn,
+    recurrent,
+    search_of,
+    searched,
+)
 from torch import nn
 
 from kfqn.parameters.discovery import layers_of
@@ -160,6 +171,8 @@ def test_a_step_that_is_taken_back_leaves_them_as_they_were(make):
     norms = [float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers[:3]]
     search = search_of(optimizer)
     searched(optimizer, force_trial=True)
+    believe(optimizer)
+    optimizer.training.record_next()
     evaluate, losses = closure(model, optimizer, *data[60]), []
 
     def worse():

@@ -451,6 +451,7 @@ def distance(model, before):
 def test_a_step_between_is_taken_back_when_the_next_batch_shows_it(make):
     model, data = odd_cnn(), batches((2, 6, 6), 40)
     optimizer = make(model)
+    believe(optimizer)
     train(model, optimizer, data[:30])
     while not search_of(optimizer).unverified or optimizer.training.is_due:
         train(model, optimizer, data[30:31])

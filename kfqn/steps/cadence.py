@@ -59,9 +59,9 @@ class BothTogether(Cadence):
 
 
 def is_met(k: int, gap: int) -> bool:
-    """Whether step k is one of those that are ``gap`` steps apart, or one more: two in three gaps are as long.
+    """Whether step k is one of those that are ``gap`` steps apart, each third time one more.
 
-    Tasks or batches that take turns in a period of their own are all met then, and not the same one each time.
+    Tasks or batches that take turns in a period of their own are all met then, and not one of them each time.
     """
     third = 3 * gap + 1
     return gap == 1 or k % third in (0, gap, 2 * gap)
