@@ -62,7 +62,7 @@ class KFBFGS(Kronecker):
             whose norm is kept not at all.
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
-            rates of the paper's grid train (`docs/results.md`).
+            rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
             a first-order step. Young factors learn more often: at each of the first 20 steps, then at
             gaps of about a tenth of the steps so far. With an automatic ``lr`` H_G is taught by every

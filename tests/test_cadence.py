@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import batches, closure, odd_cnn
 from test_contract import TWO_PASS, snapshot, train, unchanged
-from test_doors import backward
+from test_entry_points import backward
 
 import kfqn
 from kfqn.steps.cadence import gap

@@ -10,7 +10,7 @@ from cases import AUTOMATIC, VisionTransformer, batches, closure, odd_cnn, separ
 from lab import TINY
 from lab import kfqn as command
 from test_contract import train
-from test_graphs import METHODS, NETS
+from test_cuda_graphs import METHODS, NETS
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import AUTOMATIC, batches, mlp, odd_cnn
+from test_automatic import by_hand
 from test_contract import TWO_PASS, snapshot, train, unchanged
-from test_self_tuning import by_hand
 from test_torch import DYNAMO
 from torch import nn
 

@@ -46,7 +46,8 @@ class Inputs(ABC):
 
         Their A are diagonal blocks of the whole: channels that are neighbours stay together, each with
         all its offsets (a single channel is never cut). The homogeneous coordinate belongs to the last
-        block, and is 0 in the others.
+        block, and is 0 in the others. Exact where inputs of different blocks are uncorrelated; A ≈ A_J ⊗ A_Δ
+        would forget how offsets and channels go together, and has no place for the bias.
         """
         if largest is None or self.columns <= largest or self.channels == 1:
             return self

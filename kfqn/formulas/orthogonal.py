@@ -8,6 +8,9 @@ U Vᵀ = (P Pᵀ)^(−½) P is approached by polynomials x ↦ a x + b x³ + c x
 once: three times Muon's, which lifts those from about a fiftieth of the largest to between 0.7 and 1.2, and
 once that of Newton and Schulz, which brings these near 1. Smaller ones stay smaller: they are noise and
 rounding. All is done with P Pᵀ, which is small where P is wide.
+
+H_G takes in one pair at a time, so that without this P is as lopsided as the gradient on the side of the
+outputs; what H_G knows is then where P's singular vectors lie.
 """
 
 import math

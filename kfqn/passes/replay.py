@@ -1,4 +1,8 @@
-"""A forward-backward pass that leaves no trace in the model, for line 10 of Algorithm 2."""
+"""A forward-backward pass that leaves no trace in the model, for line 10 of Algorithm 2.
+
+Buffers and random numbers start where the first pass did: queues, code books and spectral norms hold what
+they held, or the loss after a step would differ from that before it without any step.
+"""
 
 import contextlib
 import random

@@ -7,6 +7,9 @@ seeds. A point that diverged is never best. Exact ties go to the first point of 
 With halving, every point is first run for a ninth of the length, the best third of each optimizer for
 a third, and the best third of those in full: a point's scores are those of its longest run.
 
+A sweep is plain files: a grid needs no sampler, and a folder with one lock a run gives resumption, several
+workers and machines, diverged points kept, and files that a person can read.
+
 A sweep file holds one entry per problem and optimizer, with the scale it was tuned at; a new sweep
 of an optimizer replaces its entry and no other.
 """

@@ -13,7 +13,7 @@ in other loops in its place, to see:
 
 Where losses do not fit, or most steps are taken back, or the losses of batches rise above where they began
 although each step lowered its own, trust is lost for good: steps are then of a size that needs no losses
-(`kfqn.self_tuning`).
+(`kfqn.steps.automatic`).
 
 Nothing here knows of networks or tensors.
 """

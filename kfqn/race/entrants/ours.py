@@ -52,14 +52,14 @@ def kfbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torc
     """KF-BFGS as the paper has it, unless told otherwise."""
     import kfqn
 
-    return kfqn.KFBFGS(model, **_two_pass(settings), weight_decay=weight_decay)
+    return kfqn.KFBFGS(model, **_fixed(settings), weight_decay=weight_decay)
 
 
 def kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
     """KF-BFGS(L) as the paper has it, unless told otherwise."""
     import kfqn
 
-    return kfqn.KFLBFGS(model, **_two_pass(settings), weight_decay=weight_decay)
+    return kfqn.KFLBFGS(model, **_fixed(settings), weight_decay=weight_decay)
 
 
 def automatic(method: str) -> Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]:
@@ -77,7 +77,7 @@ def automatic(method: str) -> Callable[["nn.Module", Settings, float], "torch.op
     return build
 
 
-def _two_pass(settings: Settings) -> dict[str, Any]:
+def _fixed(settings: Settings) -> dict[str, Any]:
     """Settings as arguments; ``interval`` and ``largest`` are short for two. Without, it is the paper's."""
     warm = settings.get("warm", 0)
     if warm < 0 or int(warm) != warm:

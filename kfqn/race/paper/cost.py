@@ -171,7 +171,7 @@ def phases(optimizer: torch.optim.Optimizer, layer: Layer, sample: Sample) -> di
     if isinstance(optimizer, kfqn.KFBFGS | kfqn.KFLBFGS | kfqn.ConvergentKFLBFGS):
         return {
             "pass": lambda: second_pass_of(sample),
-            "curvature": lambda: _learn_two_pass(optimizer, layer, sample),
+            "curvature": lambda: _learn_quasi_newton(optimizer, layer, sample),
             "step": lambda: _move(optimizer, layer),
         }
     if isinstance(optimizer, kfqn.KFAC):
@@ -198,7 +198,7 @@ def second_pass_of(sample: Sample) -> None:
 
 
 @torch.no_grad()
-def _learn_two_pass(optimizer: Kronecker, layer: Layer, sample: Sample) -> None:
+def _learn_quasi_newton(optimizer: Kronecker, layer: Layer, sample: Sample) -> None:
     training, states = optimizer.training, [optimizer.state[layer.weight]]
     group = training.groups.of(layer)
     parts, inputs = training.of(layer), training.inputs(layer)

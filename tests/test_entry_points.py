@@ -19,7 +19,7 @@ import kfqn
 
 @pytest.fixture(params=TWO_PASS)
 def make(request):
-    """With a learning rate of its own; doors with an automatic one: `test_self_tuning`."""
+    """With a learning rate of its own; doors with an automatic one: `test_automatic`."""
     return lambda model, **settings: TWO_PASS[request.param](model, **({"lr": 3.0} | settings))
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import AUTOMATIC, batches, believe, closure, odd_cnn, search_of
+from test_automatic import by_hand
 from test_contract import Noisy, snapshot, train, unchanged
-from test_doors import Checkpointed
-from test_self_tuning import by_hand
+from test_entry_points import Checkpointed
 from test_torch import DYNAMO
 from torch import nn
 from torch.autograd import forward_ad
