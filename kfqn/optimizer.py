@@ -131,6 +131,13 @@ class Kronecker(torch.optim.Optimizer):
         return loss
 
     @property
+    def layers(self) -> list[Layer]:
+        """The layers with factors, in the order of their groups."""
+        return self._groups.layers
+
+    _layers = layers  # its name before 0.1.0, which scripts outside read
+
+    @property
     def second_pass_due(self) -> bool:
         """Whether a second pass over the last step's batch is learnt from (``curvature_interval``)."""
         return bool(self.training.context.firsts)

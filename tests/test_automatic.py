@@ -329,11 +329,11 @@ def test_no_layer_moves_by_more_than_a_share_of_its_size(make):
     for x, target in data:
         before = [p.detach().clone() for p in model.parameters()]
         train(model, optimizer, [(x, target)])
-        for layer in optimizer.training.groups.layers:
+        for layer in optimizer.layers:
             index = [next(i for i, p in enumerate(model.parameters()) if p is q) for q in layer.parameters()]
             W = torch.cat([before[i].flatten() for i in index])
             moved = torch.cat([p.detach().flatten() for p in layer.parameters()]) - W
-            bound = LARGEST / len(optimizer.training.groups.layers)
+            bound = LARGEST / len(optimizer.layers)
             assert moved.norm() <= bound * max(W.norm(), 0.1 * len(layer.weight) ** 0.5) * (1 + 1e-4)
 
 
@@ -392,7 +392,7 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
         model, data = mlp(), batches((5,), 6)
         optimizer, weight = make(model, **settings), model[0].weight
         train(model, optimizer, data[:5])
-        (layer,) = (layer for layer in optimizer.training.groups.layers if layer.weight is weight)
+        (layer,) = (layer for layer in optimizer.layers if layer.weight is weight)
         state = {key: value.clone() for key, value in optimizer.state[weight].items()}
         kfqn.closure(model, *data[5], F.cross_entropy)()
         averaged = 0.9 * state["DW"] + 0.1 * layer.DW(layer.gradients())
@@ -409,7 +409,7 @@ def test_the_direction_is_nesterovs_and_with_a_number_the_papers(make):
 
 def of_layer(optimizer):
     """The parts and the settings of the first layer."""
-    layer = optimizer.training.groups.layers[0]
+    layer = optimizer.layers[0]
     return optimizer.training.of(layer), optimizer.training.groups.of(layer)
 
 

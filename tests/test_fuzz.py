@@ -86,7 +86,7 @@ def test_three_steps_of_any_model_are_those_of_the_oracle(model, history, m, lar
         return
     H_A = [
         H
-        for m in optimizer.training.groups.layers
+        for m in optimizer.layers
         for H in optimizer.state[m.weight]["H_A"].reshape(-1, m.columns, m.columns)
     ]
     for got, expected in zip(H_A, reference.H_A, strict=True):

@@ -77,11 +77,7 @@ def test_biases_may_have_a_weight_decay_of_their_own(name, net, decoupled, of_bi
     reference.decoupled, reference.bias_decay = decays[1], of_biases / 0.1
     groups = by_dimension(model, of_biases)
     optimizer = method(model, **settings, **more, decoupled_weight_decay=decoupled, groups=groups)
-    assert all(
-        layer.bias is not None
-        for layer in optimizer.training.groups.layers
-        if layer.modules[0].bias is not None
-    )
+    assert all(layer.bias is not None for layer in optimizer.layers if layer.modules[0].bias is not None)
     shape = {odd_cnn: (2, 6, 6), grouped: (4, 5, 5), transposed: (3, 5)}[net]
     for x, target in batches(shape, 8):
         reference.step(x, target)
@@ -122,7 +118,7 @@ def test_a_step_is_judged_by_the_decay_that_each_parameter_has():
 def test_groups_by_dimension_train_and_resume(make):
     model, data = mlp(), batches((5,), 8)
     optimizer = make(model, groups=by_dimension(model))
-    assert len(optimizer.training.groups.layers) == 2
+    assert len(optimizer.layers) == 2
     assert [group["bias_decay"] for group in optimizer.param_groups] == [0.0]
     twin = mlp()
     twin.load_state_dict(model.state_dict())
@@ -152,7 +148,7 @@ def test_weights_and_biases_whose_groups_differ_in_more_are_refused_by_name():
 def test_a_bias_for_the_other_rule_leaves_the_layer_its_factors(make):
     model, data = mlp(), batches((5,), 4)
     optimizer = make(model, groups=[{"params": model[2].bias, "first_order": True, "lr": 0.01}])
-    assert [layer.columns for layer in optimizer.training.groups.layers] == [5, 6]
+    assert [layer.columns for layer in optimizer.layers] == [5, 6]
     before = model[2].bias.clone()
     losses = train(model, optimizer, data[:1] * 20)
     assert losses[-1] < losses[0]

@@ -64,11 +64,11 @@ def test_gradients_whose_squares_overflow_are_finite(make):
     optimizer = make(model)
     (F.cross_entropy(model(x), target) * 1e25).backward()
     assert model[0].weight.grad.square().isinf().any()
-    assert first_pass.signs(optimizer.training, None, optimizer.training.groups.layers).tolist() == [0.0]
-    assert first_pass.is_valid(optimizer.training, 0.0, None, optimizer.training.groups.layers, False)
+    assert first_pass.signs(optimizer.training, None, optimizer.layers).tolist() == [0.0]
+    assert first_pass.is_valid(optimizer.training, 0.0, None, optimizer.layers, False)
     model[0].weight.grad[0, 0] = math.inf
     with pytest.warns(RuntimeWarning, match="is not finite"):
-        assert not first_pass.is_valid(optimizer.training, 0.0, None, optimizer.training.groups.layers, False)
+        assert not first_pass.is_valid(optimizer.training, 0.0, None, optimizer.layers, False)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

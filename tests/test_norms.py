@@ -51,7 +51,7 @@ def trained(model, make, data, steps):
     for k in range(steps):
         x, y = data[k % len(data)]
         optimizer.step(closure(model, optimizer, x, y))
-        norms.append([float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers])
+        norms.append([float(layer.W().detach().norm()) for layer in optimizer.layers])
     return optimizer, torch.tensor(norms)
 
 
@@ -60,7 +60,7 @@ def free(optimizer):
     group = optimizer.training.groups.own()[0]
     return [
         layer.name
-        for layer, x in zip(optimizer.training.groups.layers, group["progress"]["along"], strict=True)
+        for layer, x in zip(optimizer.layers, group["progress"]["along"], strict=True)
         if x < NOTHING
     ]
 
@@ -143,7 +143,7 @@ def test_weights_in_half_precision_keep_their_norms_too(make):
     optimizer, norms = trained(model, make, batches((2, 6, 6), 200, dtype=torch.bfloat16), 200)
     assert free(optimizer)
     later = norms[60:]
-    for i, layer in enumerate(optimizer.training.groups.layers):
+    for i, layer in enumerate(optimizer.layers):
         if layer.name in free(optimizer):
             torch.testing.assert_close(later[:, i], later[:1, i].expand_as(later[:, i]), rtol=0.03, atol=0)
 
@@ -168,7 +168,7 @@ def test_a_step_that_is_taken_back_leaves_them_as_they_were(make):
     torch.manual_seed(0)
     model, data = normalised(), batches((2, 6, 6), 80)
     optimizer, _ = trained(model, make, data, 50)
-    norms = [float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers[:3]]
+    norms = [float(layer.W().detach().norm()) for layer in optimizer.layers[:3]]
     search = search_of(optimizer)
     searched(optimizer, force_trial=True)
     believe(optimizer)
@@ -182,5 +182,5 @@ def test_a_step_that_is_taken_back_leaves_them_as_they_were(make):
     optimizer.step(worse)
     assert optimizer.diagnostics()[""]["rejected"] == search.rejected + 1
     optimizer.step(closure(model, optimizer, *data[61]))
-    after = [float(layer.W().detach().norm()) for layer in optimizer.training.groups.layers[:3]]
+    after = [float(layer.W().detach().norm()) for layer in optimizer.layers[:3]]
     assert after == pytest.approx(norms, rel=1e-5)

@@ -121,7 +121,7 @@ def test_an_inverse_of_the_batch_is_one_for_any_damping():
 
 def test_a_history_can_take_the_place_of_a_matrix_where_its_size_is_known():
     optimizer = kfqn.KFLBFGS(mlp(), history_size=2)
-    assert optimizer.training.of(optimizer.training.groups.layers[0]).output == LBFGS()
+    assert optimizer.training.of(optimizer.layers[0]).output == LBFGS()
 
 
 @pytest.mark.parametrize("key", PARTS)

@@ -142,7 +142,7 @@ def test_directions_take_the_memory_of_the_weights_once(lr):
     optimizer.step(kfqn.closure(model, x, x, F.mse_loss))
     F.mse_loss(model(x), x).backward()
     with torch.no_grad():
-        peak = peak_bytes(lambda: update.propose(optimizer.training, optimizer.training.groups.layers))
+        peak = peak_bytes(lambda: update.propose(optimizer.training, optimizer.layers))
     assert peak < 1.3 * sum(p.nbytes for p in model.parameters())
 
 

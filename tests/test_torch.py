@@ -387,7 +387,7 @@ def test_layers_of_several_types_in_one_model(make, types):
     optimizer = make(model, weight_decay=1e-3)
     losses = train(model, optimizer, [(x, target)] * 30)
     assert losses[-1] < losses[0]
-    for layer, dtype in zip(optimizer.training.groups.layers, types, strict=True):
+    for layer, dtype in zip(optimizer.layers, types, strict=True):
         kept = torch.promote_types(dtype, torch.float32)
         assert {v.dtype for k, v in optimizer.state[layer.weight].items() if k.startswith("H_")} <= {kept}
         assert layer.weight.dtype == dtype

@@ -274,10 +274,10 @@ def test_without_losses_the_closure_is_run_once_and_layers_move_by_a_share(make)
     _, optimizer, _ = trained(make, way, 30)
     before = len(calls)
     model, x = optimizer.training.groups.model, batch(0)[0]
-    weights = [layer.W().detach().clone() for layer in optimizer.training.groups.layers]
+    weights = [layer.W().detach().clone() for layer in optimizer.layers]
     optimizer.step(lambda: (model.zero_grad(), way(model, x, None))[1])
     assert len(calls) == before + 1
-    for layer, W in zip(optimizer.training.groups.layers, weights, strict=True):
+    for layer, W in zip(optimizer.layers, weights, strict=True):
         size = math.sqrt(len(layer.weight) / 3)
         assert float((layer.W().detach() - W).norm()) <= 1.3 * WITHOUT_LOSSES * size
         assert float(optimizer.state[layer.weight]["counts"][1]) > 10  # H_A has learnt all the same
