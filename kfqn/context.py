@@ -24,7 +24,7 @@ class Flight:
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
     slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
     norms_W: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
-    radial: list[Tensor] = field(default_factory=list)  # gradients along W, of `kfqn.steps.norms.towards_W`
+    radial: list[Tensor] = field(default_factory=list)  # of `kfqn.steps.norms.radial_products`
 
     @property
     def judged(self) -> tuple[StepRule, Plan] | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.settings import l2
-from kfqn.steps.norms import towards_W
+from kfqn.steps.norms import radial_products
 from kfqn.steps.rule import Members, Proposal, StepRule, Trial
 from kfqn.training import Training, with_complaints
 
@@ -18,7 +18,7 @@ def measure(training: Training, rule: StepRule, proposals: Mapping[Layer, Propos
     members, flight = dict(training.rules)[rule], training.context.flight
     flight.slopes.extend(_slopes(training, members))
     flight.norms_W.update({layer: proposal.norm_W for layer, proposal in proposals.items()})
-    flight.radial.extend(towards_W(members, flight.before))
+    flight.radial.extend(radial_products(members, flight.before))
 
 
 def _slopes(training: Training, members: Members) -> list[Tensor]:

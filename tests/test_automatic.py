@@ -342,12 +342,12 @@ def test_a_layer_without_a_direction_neither_moves_nor_is_forgotten(make):
     model, data = mlp(), batches((5,), 4)
     optimizer = make(model)
     train(model, optimizer, data[:2])
-    (usual,) = (group["progress"]["usual"] for group in optimizer.param_groups)
+    (usual,) = (group["progress"]["update_norms"] for group in optimizer.param_groups)
     before = model[0].weight.detach().clone()
     optimizer.state[model[0].weight]["DW"].zero_()
     train(model, optimizer, [(torch.zeros_like(x), target) for x, target in data[2:]])  # no gradient either
     assert torch.equal(model[0].weight, before)
-    assert optimizer.param_groups[0]["progress"]["usual"][0] == usual[0]
+    assert optimizer.param_groups[0]["progress"]["update_norms"][0] == usual[0]
 
 
 def test_a_layer_that_starts_at_zero_moves():

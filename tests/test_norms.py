@@ -20,7 +20,7 @@ from cases import (
 from torch import nn
 
 from kfqn.parameters.discovery import layers_of
-from kfqn.steps.norms import DECAY, NOTHING, along, averaged, keep_norms_
+from kfqn.steps.norms import DECAY, NOTHING, averaged, keep_norms_, radial_share
 
 
 @pytest.fixture(params=AUTOMATIC)
@@ -60,7 +60,7 @@ def free(optimizer):
     group = optimizer.training.groups.own()[0]
     return [
         layer.name
-        for layer, x in zip(optimizer.layers, group["progress"]["along"], strict=True)
+        for layer, x in zip(optimizer.layers, group["progress"]["radial"], strict=True)
         if x < NOTHING
     ]
 
@@ -69,10 +69,10 @@ def free(optimizer):
 def test_along_is_what_it_says():
     w, v = torch.randn(15), torch.randn(15)
     expected = 15 * torch.cosine_similarity(w, v, dim=0) ** 2
-    assert along(15, float(w @ v), float(w.norm()), float(v.norm())) == pytest.approx(float(expected))
-    assert math.isnan(along(15, 0.0, 1.0, 0.0))
-    assert math.isnan(along(15, 0.0, 0.0, 1.0))
-    assert math.isnan(along(15, math.nan, 1.0, math.nan))
+    assert radial_share(15, float(w @ v), float(w.norm()), float(v.norm())) == pytest.approx(float(expected))
+    assert math.isnan(radial_share(15, 0.0, 1.0, 0.0))
+    assert math.isnan(radial_share(15, 0.0, 0.0, 1.0))
+    assert math.isnan(radial_share(15, math.nan, 1.0, math.nan))
     assert averaged(0.5, math.nan) == 0.5
     assert averaged(0.5, 0.0) == DECAY * 0.5
     assert averaged(0.5, 1e9) == DECAY * 0.5 + (1 - DECAY)
@@ -114,7 +114,7 @@ def test_other_layers_are_not_taken_for_them(make, build, shape):
         optimizer = make(model)
         for k in range(60):
             optimizer.step(closure(model, optimizer, *data[k % 8]))
-            least += optimizer.param_groups[0]["progress"]["along"]
+            least += optimizer.param_groups[0]["progress"]["radial"]
     assert min(least) > 1.5 * NOTHING
 
 

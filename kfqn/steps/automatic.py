@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 from kfqn.parameters.groups import Group, note
 from kfqn.parameters.layers import Layer
 from kfqn.steps import trust as trusting
-from kfqn.steps.norms import keep_norms, note_along
+from kfqn.steps.norms import keep_norms, note_radial
 from kfqn.steps.parabola import (
     FIRST,
     FORGOTTEN,
@@ -47,9 +47,9 @@ class Automatic(StepRule):
 
     ``lr`` of a group is a factor, 1 unless a scheduler changes it, of the rate that all groups share and keep
     in ``search``. Their layers move by the same share of their size, or by less where P is shorter than it
-    was of late (``usual``): how long the directions of two layers are against each other depends on the units
-    of both, and the loss along a step says nothing of it. Of a layer whose scale changes nothing (``along``)
-    ‖W‖ is kept (``norms``, `kfqn.steps.norms`).
+    was of late (``update_norms``): how long the directions of two layers are against each other depends on
+    the units of both, and the loss along a step says nothing of it. Of scale-invariant weights (``radial``)
+    ‖W‖ is kept (``kept_norms``, `kfqn.steps.norms`).
 
     Where losses turn out not to judge steps (``trust``), or none are told, every layer moves by
     `WITHOUT_LOSSES` of a usual initialisation's norm times ``lr``; there are then no second passes, and H_A
@@ -94,12 +94,12 @@ class Automatic(StepRule):
         at = trusting.point(trust) if will_judge else 1.0
         own = {layer: member for member in members for layer in member.layers if layer in proposals}
         longer = {x: 1 / member.average.weight(member.group, search.steps) for x, member in own.items()}
-        usual = {x: longer[x] * share for x, share in _usual(members, proposals, trust).items()}
-        moving = [share for share in usual.values() if share > 0]
+        relative = {x: longer[x] * share for x, share in _update_norms(members, proposals, trust).items()}
+        moving = [share for share in relative.values() if share > 0]
         if not moving:
             return Plan(dict.fromkeys(own, 1.0), will_judge, at, Promise(0.0, 0.0, 0.0, 0.0))
         mean = math.exp(statistics.fmean(map(math.log, moving)))
-        even = {x: mean / usual[x] if usual[x] > 0 else 0.0 for x in own}  # (M4)
+        even = {x: mean / relative[x] if relative[x] > 0 else 0.0 for x in own}  # (M4)
         if trust.lost:
             _keep(members, search._replace(rate=WITHOUT_LOSSES / mean))  # (M22)
             shares = {layer: even[layer] * longer[layer] for layer in own}
@@ -125,7 +125,7 @@ class Automatic(StepRule):
         if plan.at < 1:
             _check(members, plan, trial)
             return 1.0
-        note_along(members, trial.norms_W, trial.radial)
+        note_radial(members, trial.norms_W, trial.radial)
         D, taken, scheduled, _ = promise = Promise(*plan.promise)
         rate = taken / promise.D if promise.D > 0 else 0.0
         factor = scheduled / taken if taken > 0 else 0.0
@@ -153,7 +153,7 @@ class Automatic(StepRule):
 
     def kept(self) -> dict[str, Any]:
         own: dict[str, Any] = {"search": Search()._asdict(), "trust": Trust()._asdict()}
-        return own | {"usual": [], "along": [], "norms": []}
+        return own | {"update_norms": [], "radial": [], "kept_norms": []}
 
     def report(self, members: Members) -> dict[str, float]:
         """How many steps were taken back, α, and what is known of losses: see `Kronecker.diagnostics`."""
@@ -205,17 +205,17 @@ def _factor(search: Search, group: Group) -> float:
     return float(group["lr"]) * search.plateau_factor
 
 
-def _usual(members: Members, proposals: Mapping[Layer, Proposal], trust: Trust) -> dict[Layer, float]:
+def _update_norms(members: Members, proposals: Mapping[Layer, Proposal], trust: Trust) -> dict[Layer, float]:
     """‖P‖ of every layer that moves as a share of its size, the largest of late; kept in its group (M3)."""
-    usual = {}
+    relative = {}
     for group, layers, _ in members:
-        before = group["progress"]["usual"] or (0.0,) * len(layers)
+        before = group["progress"]["update_norms"] or (0.0,) * len(layers)
         for layer, old in zip(layers, before, strict=True):
             there = proposals.get(layer)
             now = there.norm / _size(layer, there, trust) if there is not None else 0.0
-            usual[layer] = max(now, FORGOTTEN * old) if now > 0 else old
-        note(group, usual=[usual[layer] for layer in layers])
-    return {layer: usual[layer] for layer in proposals if layer in usual}
+            relative[layer] = max(now, FORGOTTEN * old) if now > 0 else old
+        note(group, update_norms=[relative[layer] for layer in layers])
+    return {layer: relative[layer] for layer in proposals if layer in relative}
 
 
 def _size(layer: Layer, proposal: Proposal, trust: Trust) -> float:
@@ -227,4 +227,4 @@ def _size(layer: Layer, proposal: Proposal, trust: Trust) -> float:
 def _forget_norms(members: Members) -> None:
     """After a step was taken back: norms are kept anew."""
     for group, _, _ in members:
-        note(group, norms=[])
+        note(group, kept_norms=[])

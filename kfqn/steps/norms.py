@@ -1,4 +1,4 @@
-"""Layers whose scale changes nothing, because their output is normalised: the loss does not see ‖W‖ (M20).
+"""Scale-invariant weights: where the output of a layer is normalised, the loss does not see ‖W‖ (M20).
 
 Every step makes such a W longer, and steps that are shares of ‖W‖ make it grow without bound, by about a
 percent each time. Running statistics of BatchNorm, averages over steps, then lag behind what they describe,
@@ -6,9 +6,9 @@ and one day W overflows. So ‖W‖ is kept.
 
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
 
-A group keeps, for each of its layers, how much of the gradient is along W, as an average (``along``), and the
-norm that is kept, or 0 (``norms``); after a step that was taken back norms are kept anew, so that a step
-without a length moves nothing.
+A group keeps, for each of its layers, the radial component of its gradient, along W, as an average
+(``radial``), and the norm that is kept, or 0 (``kept_norms``); after a step that was taken back norms are kept
+anew, so that a step without a length moves nothing.
 """
 
 import functools
@@ -29,7 +29,7 @@ ROUNDING = 0.01  # of ‖W‖ is what weights in half precision may drift by in 
 NOTHING = 0.05  # below this there is nothing along W, not even by chance
 
 
-def along(n: int, inner: float, norm_W: float, norm: float) -> float:
+def radial_share(n: int, inner: float, norm_W: float, norm: float) -> float:
     """n ⟨W, ∇f⟩² / ‖W‖² ‖∇f‖² of a layer with n weights: 1 on average for directions at random.
 
     NaN where W or ∇f is zero, or not known.
@@ -43,7 +43,7 @@ def averaged(average: float, found: float) -> float:
     return DECAY * average + (1 - DECAY) * min(found, 1.0) if found >= 0 else average
 
 
-def towards_W(members: Members, before: Mapping[Tensor, Tensor]) -> list[Tensor]:
+def radial_products(members: Members, before: Mapping[Tensor, Tensor]) -> list[Tensor]:
     """⟨W, ∇f⟩ of every parameter, and then ‖∇f‖ of every one; NaN of one that did not move.
 
     ``before`` has the weights that ∇f belongs to.
@@ -61,17 +61,17 @@ def towards_W(members: Members, before: Mapping[Tensor, Tensor]) -> list[Tensor]
     return [of.get(p, unknown) for of in (inner, length) for p in parameters]
 
 
-def note_along(members: Members, norms_W: Mapping[Layer, float], found: Sequence[float]) -> None:
-    """Take in `towards_W`, as numbers, given ‖W‖ of the layers that moved."""
+def note_radial(members: Members, norms_W: Mapping[Layer, float], found: Sequence[float]) -> None:
+    """Take in `radial_products`, as numbers, given ‖W‖ of the layers that moved."""
     inner, length = iter(found[: len(found) // 2]), iter(found[len(found) // 2 :])
     for group, layers, _ in members:
-        before, now = group["progress"]["along"] or (1.0,) * len(layers), []
+        before, now = group["progress"]["radial"] or (1.0,) * len(layers), []
         for layer in layers:
             n, count = sum(p.numel() for p in layer.parameters()), len(layer.parameters())
             towards = sum(itertools.islice(inner, count))
             norm = math.hypot(*itertools.islice(length, count))
-            now.append(along(n, towards, norms_W.get(layer, 0.0), norm))
-        note(group, along=[*map(averaged, before, now)])
+            now.append(radial_share(n, towards, norms_W.get(layer, 0.0), norm))
+        note(group, radial=[*map(averaged, before, now)])
 
 
 def keep_norms(members: Members, before: Mapping[Layer, float]) -> None:
@@ -83,14 +83,14 @@ def keep_norms(members: Members, before: Mapping[Layer, float]) -> None:
     kept: dict[Layer, float] = {}
     for group, layers, _ in members:
         found = []
-        averages = group["progress"]["along"] or (1.0,) * len(layers)
-        norms = group["progress"]["norms"] or (0.0,) * len(layers)
+        averages = group["progress"]["radial"] or (1.0,) * len(layers)
+        norms = group["progress"]["kept_norms"] or (0.0,) * len(layers)
         for layer, average, norm in zip(layers, averages, norms, strict=True):
             now = before.get(layer, norm)
             found.append((norm if abs(now - norm) <= ROUNDING * norm else now) if average < NOTHING else 0.0)
             if found[-1] and layer in before:
                 kept[layer] = found[-1]
-        note(group, norms=found)
+        note(group, kept_norms=found)
     keep_norms_(kept)
 
 

@@ -71,7 +71,7 @@ class Trial(NamedTuple):
     Slopes are ⟨∇f, ΔW⟩: ``slope`` of the rule's layers, ``regularised`` the same with L2, ``slope_of_all``
     that of everything that moved. ``resolution`` is the smallest difference of losses that counts;
     ``coarse`` says that weights are too coarse for a part of a step. ``norms_W`` has ‖W‖ before it;
-    ``radial`` what `kfqn.steps.norms.towards_W` has measured.
+    ``radial`` what `kfqn.steps.norms.radial_products` has measured.
     """
 
     before: float
