@@ -7,7 +7,7 @@ and one day W overflows. So ‖W‖ is kept.
 The gradient of such a layer has nothing along W. By that it is known, whatever the modules behind it are.
 
 A group keeps, for each of its layers, the radial component of its gradient, along W, as an average
-(``radial``), and the norm that is kept, or 0 (``kept_norms``); after a step that was taken back norms are kept
+(``radial``), and the norm that is kept, or 0 (``kept_norms``); after a step that was taken back they are kept
 anew, so that a step without a length moves nothing.
 """
 
