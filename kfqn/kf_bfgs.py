@@ -10,7 +10,7 @@ from kfqn.curvature.output_factor import LBFGS
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.fallback import Others, adamw
 from kfqn.parameters.settings import checked_settings, resolved
-from kfqn.parts import Parts
+from kfqn.parts import Parts, checked_parts
 from kfqn.quasi_newton import QuasiNewton
 
 
@@ -90,7 +90,7 @@ class KFBFGS(Kronecker):
     Settings are read from ``param_groups`` at every step. The loss must be a mean over the batch.
 
     Raises:
-        TypeError: for parameters, or anything else, instead of a model.
+        TypeError: for parameters, or anything else, instead of a model, and for parts that are none.
         ValueError: for an argument out of range, a group that is none, a model without any such layer or with
             parameters that are sharded, and a layer that is too wide for whole factors.
     """
@@ -129,7 +129,7 @@ class KFBFGS(Kronecker):
         super().__init__(
             model,
             QuasiNewton(),
-            parts,
+            checked_parts(parts),
             checked_settings(**resolved(settings, {})),
             groups=groups,
             others=others,
@@ -186,7 +186,7 @@ class KFLBFGS(Kronecker):
         super().__init__(
             model,
             QuasiNewton(),
-            replace(parts, output=parts.output or LBFGS()),
+            replace(checked_parts(parts), output=parts.output or LBFGS()),
             checked_settings(**resolved(settings, {})),
             groups=groups,
             others=others,

@@ -13,6 +13,17 @@ from kfqn.steps.cadence import BothTogether, Cadence, InputsOftener
 from kfqn.steps.direction import Direction, Orthogonalised, Plain
 from kfqn.steps.rule import FixedRate, StepRule
 
+_KINDS: dict[str, type] = {
+    "input": InputFactor,
+    "output": OutputFactor,
+    "damping": Damping,
+    "curved_only": bool,
+    "average": GradientAverage,
+    "direction": Direction,
+    "steps": StepRule,
+    "cadence": Cadence,
+}
+
 
 @final
 @dataclass(frozen=True)
@@ -33,6 +44,25 @@ class Parts:
     direction: Direction | None = None
     steps: StepRule | None = None
     cadence: Cadence | None = None
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for what is no part of its kind."""
+        for name, kind in _KINDS.items():
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(
+                    f"the part {name!r} must be a {kind.__module__}.{kind.__name__}, but is {part!r}: give "
+                    "an object of such a class, or None for what lr and damping choose (docs/parts.md)."
+                )
+
+
+def checked_parts(parts: Parts) -> Parts:
+    """The parts; TypeError if they are none."""
+    if not isinstance(parts, Parts):
+        raise TypeError(
+            f"parts must be a kfqn.Parts, such as kfqn.Parts(direction=Plain()), but is {parts!r}."
+        )
+    return parts
 
 
 @final

@@ -66,6 +66,16 @@ def test_parts_of_a_group_follow_its_settings_unless_they_are_given():
     assert (ours.direction, papers.direction) == (Plain(), Plain())
 
 
+@pytest.mark.parametrize("make", [kfqn.KFBFGS, kfqn.KFLBFGS])
+def test_what_is_no_part_is_refused_in_a_sentence(make):
+    with pytest.raises(TypeError, match=r"parts must be a kfqn\.Parts, such as .*, but is 3"):
+        make(mlp(), parts=3)
+    with pytest.raises(TypeError, match=r"the part 'input' must be a kfqn\..*InputFactor, but is 'none'"):
+        make(mlp(), parts=kfqn.Parts(input="none"))
+    with pytest.raises(TypeError, match="the part 'direction' must be"):
+        kfqn.Parts(direction=Plain)
+
+
 def sorted_by_place(optimizer):
     """A layer of each group."""
     places = optimizer.training.groups.places
