@@ -7,11 +7,11 @@ from torch import nn
 
 from kfqn.curvature.input_factor import BatchInverse
 from kfqn.curvature.output_factor import LBFGS
+from kfqn.learning.quasi_newton import QuasiNewton
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.fallback import Others, adamw
 from kfqn.parameters.settings import checked_settings
 from kfqn.parts import Parts
-from kfqn.quasi_newton import QuasiNewton
 from kfqn.steps.average import NoAverage
 
 

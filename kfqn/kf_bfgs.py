@@ -7,11 +7,11 @@ from typing import Any, Literal, final
 from torch import nn
 
 from kfqn.curvature.output_factor import LBFGS
+from kfqn.learning.quasi_newton import QuasiNewton
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.fallback import Others, adamw
 from kfqn.parameters.settings import checked_settings, resolved
 from kfqn.parts import Parts, checked_parts
-from kfqn.quasi_newton import QuasiNewton
 
 
 @final

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from kfqn.curvature.fisher import Fisher
+from kfqn.learning.fisher import Fisher
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.fallback import Others, adamw
 from kfqn.parameters.settings import checked_settings

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfqn import diagnostics, first_pass, second_pass, starts, update
+from kfqn import diagnostics, first_pass, starts, update
+from kfqn.learning import second_pass
+from kfqn.learning.second_pass import Handle
 from kfqn.parameters.fallback import Others
 from kfqn.parameters.groups import Group, Groups
 from kfqn.parameters.layers import Layer
 from kfqn.parts import Parts
-from kfqn.second_pass import Handle
 from kfqn.training import Curvature, Training, shapes_of
 from kfqn.weights import averaged_weights
 

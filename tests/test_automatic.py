@@ -11,8 +11,8 @@ from test_contract import snapshot, train, unchanged
 from torch import nn
 
 import kfqn
-from kfqn.curvature.secants import learn_G
 from kfqn.formulas.orthogonal import orthogonalised
+from kfqn.learning.secants import learn_G
 from kfqn.race.entrants.grids import PRINTED
 from kfqn.race.problems.data import digits
 from kfqn.race.problems.models import small_all_cnn

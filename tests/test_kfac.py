@@ -9,7 +9,7 @@ from cases import batches, mlp, odd_cnn
 from torch import nn
 
 import kfqn
-from kfqn.curvature import fisher
+from kfqn.learning import fisher
 
 pytestmark = pytest.mark.usefixtures("double")
 P = torch.tensor([0.5, 0.3, 0.2])  # a predictive distribution that ten labels hold exactly

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 import kfqn
 from kfqn.closures import Closure
-from kfqn.curvature.fisher import invert, take_in
 from kfqn.curvature.pairs import averaged_pairs
-from kfqn.curvature.secants import learn_A, learn_G
 from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
@@ -25,6 +23,8 @@ from kfqn.formulas.statistics import (
     second_moment,
     second_moment_of_gradient,
 )
+from kfqn.learning.fisher import invert, take_in
+from kfqn.learning.secants import learn_A, learn_G
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.discovery import layers_of
 from kfqn.parameters.layers import Layer

@@ -15,21 +15,21 @@ from torch import Tensor
 from kfqn.closures import Closure
 from kfqn.curvature.damping import Shapes
 from kfqn.curvature.pairs import ReducedInput
-from kfqn.curvature.queries import first_statistics, paired
-from kfqn.curvature.secants import learn_from
 from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
     mean_preactivation_gradient,
     second_moment,
 )
+from kfqn.learning.queries import first_statistics, paired
+from kfqn.learning.secants import learn_from
+from kfqn.learning.second_pass import check_losses, closure_pass
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
 from kfqn.parts import Chosen
 from kfqn.passes.record import LayerRecord
 from kfqn.passes.replay import unmoved_buffers
 from kfqn.passes.spec import PassSpec, nothing_of
-from kfqn.second_pass import check_losses, closure_pass
 from kfqn.state import full_precision
 from kfqn.training import Curvature, Moments, Records, Training, with_complaints
 

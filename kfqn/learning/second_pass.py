@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from kfqn.curvature.secants import learn_from
+from kfqn.learning.secants import learn_from
 from kfqn.passes.replay import second_pass
 from kfqn.passes.spec import LOSS_ALONE, LOSS_WITHOUT_GRADIENTS, PassSpec
 from kfqn.state import full_precision, unsynchronised

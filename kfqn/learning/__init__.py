@@ -1,0 +1,1 @@
+"""What passes are run to learn curvature, and what factors learn from them."""
