@@ -64,11 +64,12 @@ class KFBFGS(Kronecker):
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step. Young factors learn more often: at each of the first 20 steps, then at
-            gaps of about a tenth of the steps so far. With an automatic ``lr`` H_G is taught by every
-            ``curvature_interval``-th step only (at first by every tenth, if that is more), the other young
-            ones teach H_A and are judged, which costs a forward pass. 1 is the paper's method to the
-            letter; 10 costs little more than one pass a step (`benchmarks/README.md`).
+            a first-order step. At first factors learn more often: at each of the first 20 steps, then at
+            gaps of about a tenth of the steps so far. With an automatic ``lr`` every third gap is one step
+            longer (`kfqn.steps.cadence`), and H_G is taught by every ``curvature_interval``-th step only (at
+            first by every tenth, if that is more); the other early ones teach H_A and are judged, which costs
+            a forward pass. 1 is the paper's method to the letter; 10 costs little more than one pass a step
+            (`benchmarks/README.md`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept

@@ -46,9 +46,13 @@ class Parts:
     cadence: Cadence | None = None
 
     def __post_init__(self) -> None:
-        """Raise TypeError for what is no part of its kind."""
+        """Raise TypeError for what is no part of its kind, or cannot be compared."""
         for name, kind in _KINDS.items():
             part = getattr(self, name)
+            if part.__hash__ is None:
+                raise TypeError(
+                    f"the part {name!r} must be hashable, as groups share it: freeze its dataclass."
+                )
             if part is not None and not isinstance(part, kind):
                 raise TypeError(
                     f"the part {name!r} must be a {kind.__module__}.{kind.__name__}, but is {part!r}: give "

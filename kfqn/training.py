@@ -265,7 +265,7 @@ def mean_moments(
                 raise RuntimeError(f"{layer} got a gradient, but {training.recorder.blind}.")
             raise RuntimeError(
                 f"{layer} got a gradient, but no call of its module was seen that gives one: call the "
-                "module itself in the model's forward, or train it by the other rule with "
+                "module itself in the model's forward, or leave it to the fallback optimizer with "
                 f"groups=[{{'modules': '{layer.names[0]}', 'first_order': True}}]."
             )
     return found

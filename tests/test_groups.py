@@ -201,7 +201,7 @@ def test_what_is_unfrozen_later_can_be_added(make):
 
 
 def test_parameters_can_be_added_as_torch_does(make):
-    """Those of a whole layer become one; a batch normalisation goes to the other rule."""
+    """Those of a whole layer become one; a batch normalisation goes to the fallback optimizer."""
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     model[:2].requires_grad_(False)
     optimizer = make(model)

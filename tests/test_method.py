@@ -1,29 +1,16 @@
 """docs/method.md: every equation of our own algorithm has one home, which names it."""
 
-import importlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+from test_house import resolve
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "kfqn").rglob("*.py"))
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\(M\d+\)) \| .* \| `(kfqn[\w.]*)` \|$", METHOD, re.MULTILINE)
-
-
-def resolve(path):
-    parts = path.split(".")
-    for split in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[split:]:
-            found = getattr(found, part)
-        return found
-    raise AssertionError(f"{path} does not exist")
 
 
 @pytest.mark.parametrize(("label", "home"), ROWS, ids=[label for label, _ in ROWS])

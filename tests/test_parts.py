@@ -72,7 +72,9 @@ def test_what_is_no_part_is_refused_in_a_sentence(make):
         make(mlp(), parts=3)
     with pytest.raises(TypeError, match=r"the part 'input' must be a kfqn\..*InputFactor, but is 'none'"):
         make(mlp(), parts=kfqn.Parts(input="none"))
-    with pytest.raises(TypeError, match="the part 'direction' must be"):
+    with pytest.raises(TypeError, match="the part 'direction' must be hashable"):
+        kfqn.Parts(direction=[])
+    with pytest.raises(TypeError, match="the part 'direction' must be a"):
         kfqn.Parts(direction=Plain)
 
 

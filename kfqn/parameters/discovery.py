@@ -97,7 +97,7 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
 def uncovered(model: nn.Module, layers: Sequence[Layer], asked: Collection[Tensor]) -> str | None:
     """Which modules have most of the parameters, if fewer than half of these are in layers with factors.
 
-    Those that were ``asked`` to be trained by the other rule do not count.
+    Those that were ``asked`` to be trained by the fallback optimizer do not count.
     """
     own = {p for layer in layers for p in layer.parameters()}
     without: dict[str, int] = {}
@@ -192,7 +192,7 @@ def check_width(layer: Layer, shapes: Mapping[str, tuple[int, ...]], group: Mapp
     instead = "give max_factor_size, 256 for example, to keep blocks of it, or a larger one to insist"
     if "max_factor_size" not in group:
         name = layer.names[0]
-        instead = f"train it by the other rule: groups=[{{'modules': {name!r}, 'first_order': True}}]"
+        instead = f"leave it to the fallback optimizer: groups=[{{'modules': {name!r}, 'first_order': True}}]"
     raise ValueError(
         f"{layer} needs a factor of {rows} × {rows}, {rows**2 / 2**28:.0f} GiB in float32, and of more than "
         f"{_WIDEST} rows none is kept whole: {instead}."
