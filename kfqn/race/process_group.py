@@ -28,6 +28,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def share() -> slice:
+    """Which data of a joint batch are this process's: all of them alone."""
+    return slice(rank(), None, size())
+
+
 def local_device(device: str) -> str:
     """The device of this process: each on a machine has a GPU of its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if size() > 1 and device == "cuda" else device

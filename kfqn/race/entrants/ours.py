@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from kfqn.parts import Parts
 
-OPTIONS = ("clip", "interval", "largest", "warm")  # the trainer takes the last
+OPTIONS = ("clip", "interval", "largest", "decay", "warm")  # the trainer takes the last
 _NAMES = {"interval": "curvature_interval", "largest": "max_factor_size"}
 AUTOMATIC_OPTIONS = ("damping", *OPTIONS)
 
@@ -68,7 +68,7 @@ def automatic(method: str) -> Callable[["nn.Module", Settings, float], "torch.op
     def build(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
         import kfqn
 
-        others = (*PARTS, "warm")
+        others = (*PARTS, "decay", "warm")
         given = {_NAMES.get(key, key): _whole(value) for key, value in settings.items() if key not in others}
         given["parts"] = parts(settings)
         optimizer: torch.optim.Optimizer = getattr(kfqn, method)(model, **given, weight_decay=weight_decay)

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 
 def sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
-    """torch's SGD with momentum 0.9."""
+    """torch's SGD with momentum 0.9, with ``nesterov`` of 1 Nesterov's."""
     import torch
 
-    return torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings["lr"],
+        momentum=0.9,
+        weight_decay=weight_decay,
+        nesterov=bool(settings.get("nesterov", 0)),
+    )
 
 
 def adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
@@ -35,11 +41,29 @@ def adam(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
     )
 
 
-def adamw(model: "nn.Module", settings: Settings, _: float) -> "Optimizer":
-    """torch's AdamW. Its weight decay is decoupled, and a setting instead of the problem's."""
+def adamw(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's AdamW. Its weight decay is decoupled."""
     import torch
 
-    return torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=settings["decay"])
+    return torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=weight_decay)
+
+
+def lbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
+    """torch's L-BFGS with a strong Wolfe line search, for problems without mini-batches.
+
+    A step is ``iterations`` of its own, 20 as in torch, each of one pass or more: compare it by seconds.
+    """
+    import torch
+
+    if weight_decay:
+        raise Failure("lbfgs has no weight decay: race it on a problem without, as burgers.")
+    return torch.optim.LBFGS(
+        model.parameters(),
+        lr=settings["lr"],
+        max_iter=int(settings.get("iterations", 20)),
+        history_size=int(settings.get("history", 100)),
+        line_search_fn="strong_wolfe",
+    )
 
 
 def soap(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
@@ -68,9 +92,12 @@ def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Opt
 
 
 def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
-    """Muon (Jordan et al. 2024) for hidden weights; AdamW with lr ``adam`` for the last layer and vectors."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    hidden = matrices[:-1]
+    """Muon (Jordan et al. 2024) for hidden weights, those of convolutions as matrices; AdamW for the rest.
+
+    Weight decay is decoupled, as its authors have it, where it is the setting ``decay``; the problem's is part
+    of the gradient.
+    """
+    hidden = hidden_weights(model)
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
     groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
     optimizer: Optimizer = _of("pytorch_optimizer", "Muon")(
@@ -79,9 +106,17 @@ def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
         adamw_lr=settings["adam"],
         weight_decay=weight_decay,
         adamw_wd=weight_decay,
-        weight_decouple=False,
+        weight_decouple="decay" in settings,
     )
     return optimizer
+
+
+def hidden_weights(model: "nn.Module") -> "list[nn.Parameter]":
+    """Weights of `Linear` layers and convolutions without the last: no embeddings, positions, vectors, head."""
+    from torch import nn
+
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return [m.weight for m in model.modules() if isinstance(m, kinds)][:-1]
 
 
 def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":

@@ -1,5 +1,5 @@
 """What is learned: data sets, networks, and which of them with how many epochs make a problem."""
 
-from kfqn.race.problems.registry import DEFAULT_DATA, PROBLEMS, Problem
+from kfqn.race.problems.registry import DEFAULT_DATA, DEVELOPMENT, PROBLEMS, Problem
 
-__all__ = ["DEFAULT_DATA", "PROBLEMS", "Problem"]
+__all__ = ["DEFAULT_DATA", "DEVELOPMENT", "PROBLEMS", "Problem"]

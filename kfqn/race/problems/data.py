@@ -1,11 +1,16 @@
-"""The images an optimizer is raced on, as tensors on the device, and batches of them."""
+"""The images an optimizer is raced on, as tensors on the device, batches of them, and their classification."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+import kfqn
+from kfqn.race import process_group
+from kfqn.race.problems.task import Closure, Data, Evaluation, Size, Task
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,16 @@ class Images:
         """The first ``count`` images; all with None."""
         return Images(self.x[:count], self.y[:count])
 
+    def pooled(self) -> "Images":
+        """The same at half the side: means of 2×2 pixels, rounded."""
+        n, channels, height, width = self.x.shape
+        quarters = self.x.view(n, channels, height // 2, 2, width // 2, 2)
+        return Images((quarters.sum((3, 5), dtype=torch.int16) + 2).div(4, rounding_mode="floor").byte(), self.y)
 
+
+@final
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Data):
     """Training and test images, and what they are normalised by: one number a channel, of 0..1 pixels."""
 
     train: Images
@@ -37,6 +49,18 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_padding: int  # 0: no augmentation
+    items = "training images"
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def task(self, device: torch.device, size: Size) -> "Classification":
+        return Classification(self.to(device, size.train), size)
+
+    def pooled(self) -> "Dataset":
+        """The same images at half the side, cropped from half the padding."""
+        train, test = self.train.pooled(), self.test.pooled()
+        return replace(self, train=train, test=test, crop_padding=self.crop_padding // 2)
 
     def to(self, device: torch.device, train_size: int | None = None) -> "Dataset":
         """The data set on a device, with only the first ``train_size`` training images."""
@@ -62,6 +86,39 @@ class Dataset:
         """The images as they are, normalised, in batches of ``size`` and a rest."""
         for x, y in zip(images.x.split(size), images.y.split(size), strict=True):
             yield self.normalised(x), y
+
+
+@final
+class Classification(Task):
+    """Images to be told apart: cross entropy on shuffled batches, and the share that is taken for another."""
+
+    def __init__(self, data: Dataset, size: Size) -> None:
+        self.data, self.batch = data, size.batch
+        self.steps = len(data.train) // size.batch
+        self.read = [images.first(size.evaluated) for images in (data.train, data.test)]
+        self.conditions = {
+            "training images": str(len(data.train)),
+            "evaluated images": f"first {len(self.read[0])} training and {len(self.read[1])} test images",
+        }
+
+    def epoch(self, model: nn.Module, generator: torch.Generator) -> Iterator[Closure]:
+        share = process_group.share()
+        for x, y in self.data.training_batches(self.batch, generator):
+            yield kfqn.closure(model, x[share], y[share], F.cross_entropy)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        train_loss, _ = self.loss_and_error(model, self.read[0])
+        return Evaluation(train_loss, *self.loss_and_error(model, self.read[1]))
+
+    @torch.no_grad()
+    def loss_and_error(self, model: nn.Module, images: Images) -> tuple[float, float]:
+        """Means over the images."""
+        loss = error = 0.0
+        for x, y in self.data.in_order(images):
+            output = model(x)
+            loss += F.cross_entropy(output, y, reduction="sum").item()
+            error += (output.argmax(1) != y).sum().item()
+        return loss / len(images), error / len(images)
 
 
 def crop_and_flip(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """The paper's networks (appendix B.2) as its authors coded them, and a small one for small images."""
 
+import itertools
 import math
 
 from torch import nn
@@ -73,6 +74,36 @@ def small_all_cnn(classes: int, channels: int = 1, width: int = 32) -> nn.Sequen
     )
     initialise(model)
     return model
+
+
+def plain_cnn(classes: int, channels: int = 3, width: int = 16) -> nn.Sequential:
+    """Six 3×3 convolutions with bias and ReLU, and nothing that normalises: w, w, 2w, 2w, 4w, 4w filters.
+
+    The third and the fifth have stride 2. Convolutions are initialised as He et al. (2015) say, biases at 0.
+    """
+    layers, inputs = list[nn.Module](), channels
+    for outputs, first in ((width, 1), (2 * width, 2), (4 * width, 2)):
+        for stride in (first, 1):
+            layers += _convolution(inputs, outputs, 3, stride)
+            inputs = outputs
+    for module in layers:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def tanh_mlp(inputs: int, outputs: int, width: int, hidden: int) -> nn.Sequential:
+    """A perceptron of so many hidden layers with tanh, as physics-informed networks are (Raissi et al. 2019).
+
+    Weights are Glorot and Bengio's (2010), normal, and biases 0.
+    """
+    sizes = [inputs, *[width] * hidden]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise([*sizes, outputs])]
+    for layer in layers:
+        nn.init.xavier_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.Tanh())), layers[-1])
 
 
 def mlp(classes: int, channels: int = 1, width: int = 64, side: int = 8) -> nn.Sequential:

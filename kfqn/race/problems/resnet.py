@@ -26,7 +26,12 @@ class Block(nn.Module):
 
 
 def resnet20(classes: int, channels: int = 3, width: int = 16) -> nn.Sequential:
-    """ResNet-20: 6n + 2 layers with weights, n = 3: a stem, three stages of n blocks, and a `Linear`.
+    """ResNet-20: `resnet` with n = 3."""
+    return resnet(3, classes, channels, width)
+
+
+def resnet(n: int, classes: int, channels: int = 3, width: int = 16) -> nn.Sequential:
+    """6n + 2 layers with weights: a stem, three stages of n blocks, and a `Linear`.
 
     ``width`` is the number of filters of the stem and of the first stage, 16 in the paper; the next stages
     have twice and four times as many, and start with stride 2. Convolutions have no bias, and each is
@@ -34,8 +39,8 @@ def resnet20(classes: int, channels: int = 3, width: int = 16) -> nn.Sequential:
     """
     layers: list[nn.Module] = [*_convolution(channels, width), nn.ReLU(inplace=True)]
     inputs = width
-    for outputs, strides in ((width, (1, 1, 1)), (2 * width, (2, 1, 1)), (4 * width, (2, 1, 1))):
-        for stride in strides:
+    for outputs, first in ((width, 1), (2 * width, 2), (4 * width, 2)):
+        for stride in (first, *[1] * (n - 1)):
             layers.append(Block(inputs, outputs, stride))
             inputs = outputs
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))

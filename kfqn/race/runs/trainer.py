@@ -15,25 +15,23 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-import kfqn
-from kfqn.closures import Closure
 from kfqn.race import process_group
 from kfqn.race.entrants.registry import entrant_of, of_optimizer
 from kfqn.race.problems import PROBLEMS, Problem
-from kfqn.race.problems.data import Dataset, Images
+from kfqn.race.problems.task import Closure, Data, Size
 from kfqn.race.runs import checkpoint
 from kfqn.race.runs.averaging import polynomial_average
 from kfqn.race.runs.conditions import conditions_of
 from kfqn.race.runs.run import Record, Run
+from kfqn.race.runs.schedule import schedule_of
 
 LOSS_DECAY = 0.9
 CHECKPOINT_SECONDS = 20.0  # of work that a kill may cost
@@ -41,7 +39,7 @@ PROGRESS_SECONDS = 0.5
 
 
 @functools.lru_cache(maxsize=1)
-def _load(problem: Problem, data_dir: Path | None) -> Dataset:
+def _load(problem: Problem, data_dir: Path | None) -> Data:
     """The data set, read once by a worker that does many runs on it."""
     return problem.data(data_dir)
 
@@ -56,31 +54,23 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
         self.device = torch.device(process_group.local_device(config.device))
-        self.data: Dataset = _load(problem, data_dir).to(self.device, config.train_size)
+        size = Size(config.train_size, config.evaluated, config.batch_size)
+        self.task = _load(problem, data_dir).task(self.device, size)
         self.model = problem.network(config.width).to(self.device)
         self.trained = DistributedDataParallel(self.model) if process_group.size() > 1 else self.model
         power = config.settings.get("averaged", 0.0)
         self.averaged_model = polynomial_average(self.model, power) if power else None
-        self.optimizer = entrant.build(self.trained, of_optimizer(config.settings), config.weight_decay)
-        ends = config.epochs * self.steps if config.epochs and config.settings.get("cosine") else None
-        self.schedule = CosineAnnealingLR(self.optimizer, ends) if ends else None
+        self.optimizer = entrant.make(self.trained, of_optimizer(config.settings), config.weight_decay)
+        ends = config.epochs * self.task.steps if config.epochs else None
+        self.schedule = schedule_of(self.optimizer, config.settings, ends)
         self.needs_closure = needs_closure(self.optimizer)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average: Tensor | None = None
         self.records: list[Record] = []
         self.seconds = self.cpu_seconds = self.warm_start_seconds = 0.0
         self.saved_at = self.shown_at = time.monotonic()
-        self.read = [images.first(config.evaluated) for images in (self.data.train, self.data.test)]
         self.conditions = conditions_of(self.device)  # now: the checkout may change while a run lasts
-        self.conditions |= {
-            "training images": str(len(self.data.train)),
-            "evaluated images": f"first {len(self.read[0])} training and {len(self.read[1])} test images",
-        }
-
-    @property
-    def steps(self) -> int:
-        """Steps in an epoch."""
-        return len(self.data.train) // self.config.batch_size
+        self.conditions |= self.task.conditions
 
     def train(self) -> None:
         """Every epoch that is left, then the record of the end."""
@@ -140,29 +130,28 @@ class Trainer:
             return
         generator = torch.Generator().manual_seed(self.config.seed)
         start = time.perf_counter()
-        batches = self.data.training_batches(self.config.batch_size, generator)
-        first = itertools.islice(batches, None if few is None else int(few))
-        start_from(self.closure(x, y) for x, y in first)
+        closures = self.task.epoch(self.trained, generator)
+        start_from(itertools.islice(closures, None if few is None else int(few)))
         self.warm_start_seconds = time.perf_counter() - start
 
     def train_epoch(self, epoch: int) -> None:
-        """One pass over the training images, timed."""
+        """One epoch of steps, timed."""
         self.model.train()
         start, cpu_start = time.perf_counter(), time.process_time()
-        for step, (x, y) in enumerate(self.data.training_batches(self.config.batch_size, self.generator)):
-            loss = self.step(x, y)
+        for step, closure in enumerate(self.task.epoch(self.trained, self.generator)):
+            loss = self.step(closure)
             self.average = loss if self.average is None else self.average.lerp(loss, 1 - LOSS_DECAY)
             cpu_seconds = self.cpu_seconds + time.process_time() - cpu_start
-            self.show(self.fraction(epoch - 1 + (step + 1) / self.steps, cpu_seconds))
+            self.show(self.fraction(epoch - 1 + (step + 1) / self.task.steps, cpu_seconds))
         self.synchronise()
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - cpu_start
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
+    def step(self, closure: Closure) -> Tensor:
         """One step of any optimizer; the loss before it. Not all that need no closure take one."""
-        closure: Any = self.closure(x, y)
+        loss: Any
         if self.needs_closure:
-            loss = self.optimizer.step(closure)
+            loss = self.optimizer.step(closure)  # type: ignore[arg-type]  # torch says float
         else:
             loss = closure()
             self.optimizer.step()
@@ -172,42 +161,24 @@ class Trainer:
             self.averaged_model.update_parameters(self.model)
         return process_group.mean(torch.as_tensor(loss).detach())
 
-    def closure(self, x: Tensor, y: Tensor) -> Closure:
-        """The closure of a batch, or of this process's share of it."""
-        share = slice(process_group.rank(), None, process_group.size())
-        return kfqn.closure(self.trained, x[share], y[share], F.cross_entropy)
-
     def evaluate(self, epoch: int) -> Record:
         """The record of a finished epoch."""
         assert self.average is not None
         averaged = getattr(self.optimizer, "averaged", contextlib.nullcontext)  # weights, while inside
         model = self.model if self.averaged_model is None else self.averaged_model.module
+        model.eval()
         with averaged():
-            train_loss, _ = self.loss_and_error(model, self.read[0])
-            test_loss, test_error = self.loss_and_error(model, self.read[1])
+            found = self.task.evaluate(model)
         record: Record = {
             "epoch": epoch,
-            "train_loss": train_loss,
+            **asdict(found),
             "average_loss": self.average.item(),
-            "test_loss": test_loss,
-            "test_error": test_error,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
         if hasattr(self.optimizer, "diagnostics"):
             record["diagnostics"] = self.optimizer.diagnostics()
         return record
-
-    @torch.no_grad()
-    def loss_and_error(self, model: nn.Module, images: Images) -> tuple[float, float]:
-        """Means over the images, in evaluation mode."""
-        model.eval()
-        loss = error = 0.0
-        for x, y in self.data.in_order(images):
-            output = model(x)
-            loss += F.cross_entropy(output, y, reduction="sum").item()
-            error += (output.argmax(1) != y).sum().item()
-        return loss / len(images), error / len(images)
 
     def show(self, fraction: float) -> None:
         """Say how far the run is, but not at every step."""

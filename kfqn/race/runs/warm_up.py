@@ -22,9 +22,9 @@ def warm_up(run: Run, data_dir: Path | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say is said of the run itself
             trainer = Trainer(run, data_dir)
-            x, y = next(trainer.data.training_batches(config.batch_size, trainer.generator))
+            closure = next(trainer.task.epoch(trainer.trained, trainer.generator))
             trainer.model.train()
             for _ in range(STEPS):
-                trainer.step(x, y)
+                trainer.step(closure)
             trainer.synchronise()
         _WARM.add(kind)
