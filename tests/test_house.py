@@ -178,7 +178,11 @@ def test_no_file_over_300_lines_and_no_function_over_40(path):
 # The lab: what stands for a folder is its ``__init__``, which names what others need of it.
 RACE_ORDER = [
     *("failure", "cores", "process_group", "timing"),
-    *(f"problems.{name}" for name in ("data", "cifar", "models", "resnet", "registry")),
+    *(
+        f"problems.{name}"
+        for name in ("measures", "task", "data", "cifar", "models", "resnet", "transformers")
+    ),
+    *(f"problems.{name}" for name in ("text", "burgers", "networks", "registry")),
     "problems",
     *(
         f"entrants.{name}"
@@ -187,7 +191,7 @@ RACE_ORDER = [
     "entrants",
     *("options", "arguments", "parser"),
     *(f"runs.{name}" for name in ("files", "config", "run", "plan", "conditions", "averaging", "checkpoint")),
-    *(f"runs.{name}" for name in ("trainer", "warm_up", "train", "workers")),
+    *(f"runs.{name}" for name in ("schedule", "trainer", "warm_up", "train", "workers")),
     "runs",
     *(f"report.{name}" for name in ("results", "table", "sentences", "figure", "page", "live_view")),
     "report",

@@ -20,6 +20,7 @@ from torch import nn
 import kfqn
 from benchmarks.timing import epoch, evaluated, show_conditions
 from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.problems.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def losses(
 ) -> tuple[list[float], float]:
     """The training loss after every epoch, and the seconds of an epoch's steps."""
     torch.manual_seed(seed)
-    data = problem.data(options.data_dir).to(torch.device("cpu"), options.train_size)
+    whole = problem.data(options.data_dir)
+    assert isinstance(whole, Dataset)
+    data = whole.to(torch.device("cpu"), options.train_size)
     model, m = problem.network(options.width), problem.batch_size
     optimizer = kfqn.KFBFGS(
         model,

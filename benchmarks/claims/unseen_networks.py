@@ -19,7 +19,7 @@ import kfqn
 from benchmarks.claims.networks import NETWORKS
 from benchmarks.timing import Batches, epoch, evaluated
 from kfqn.race.entrants import peers
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems.cifar import CIFAR_10
 from kfqn.race.problems.data import Dataset
 
 IMAGES = 2560
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = PROBLEMS["cifar10-allcnn"].data(options.data_dir).to(torch.device("cpu"), IMAGES)
+    data = CIFAR_10.load(options.data_dir).to(torch.device("cpu"), IMAGES)
     for network in options.networks:
         print(f"\n{network}{'':<12}loss, with new statistics, test error", flush=True)
         for seed in range(options.seeds):

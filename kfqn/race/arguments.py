@@ -4,10 +4,11 @@ import contextlib
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from kfqn.race.entrants import ENTRANTS, SWEPT, Entrant, Settings
 from kfqn.race.entrants.grids import Grid
-from kfqn.race.entrants.registry import OF_TRAINER
+from kfqn.race.entrants.registry import OF_TRAINER, OF_TRAINER_CHOICES
 from kfqn.race.entrants.settings import did_you_mean
 
 
@@ -19,6 +20,25 @@ def seconds(text: str) -> float:
         value = math.nan
     if not 0 < value < math.inf:
         raise ArgumentTypeError(f"must be a number of seconds > 0, got {text!r}")
+    return value
+
+
+def warm_up(text: str) -> float:
+    """A share of the steps, or a number of them."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a share of the steps, or a number of them, got {text!r}") from None
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"must be a share, 0 to 1, got {text!r}")
     return value
 
 
@@ -63,9 +83,8 @@ def settings_of(entrant: Entrant, text: str) -> Settings:
     if len({*given}) < len(given) or not {*entrant.required} <= {*given} <= {*known}:
         wrong = next((key for key in given if key not in known), "")
         raise ArgumentTypeError(f"{_takes(entrant)}, got {text!r}{did_you_mean(wrong, known)}")
-    words = {
-        key: _word(key, value, entrant.choices[key]) for key, _, value in pairs if key in entrant.choices
-    }
+    choices = {**entrant.choices, **OF_TRAINER_CHOICES}
+    words = {key: _word(key, value, choices[key]) for key, _, value in pairs if key in choices}
     try:
         numbers = {key: float(value) for key, _, value in pairs if key not in words}
     except ValueError:
@@ -78,10 +97,10 @@ def settings_of(entrant: Entrant, text: str) -> Settings:
 
 def _takes(entrant: Entrant) -> str:
     """What an entrant can be set to: "adam takes lr=...,eps=... and, if you like, beta2=..."."""
-    words = [f"{key}={'|'.join(allowed)}" for key, allowed in entrant.choices.items()]
-    required = ",".join(f"{key}=..." for key in entrant.required)
-    options = ",".join(
-        [*(f"{key}=..." for key in entrant.options), *words, *(f"{key}=..." for key in OF_TRAINER)]
+    choices = {**entrant.choices, **OF_TRAINER_CHOICES}
+    required, options = (
+        ",".join(f"{key}={'|'.join(choices[key]) if key in choices else '...'}" for key in keys)
+        for keys in (entrant.required, (*entrant.options, *entrant.choices, *OF_TRAINER))
     )
     return (
         f"{entrant.name} takes {required} and, if you like, {options}"
@@ -128,8 +147,10 @@ def _pair(item: str) -> tuple[str, str, str]:
     return key.strip(), equals, value.strip()
 
 
-def _argument(key: str, value: str) -> float:
-    """An argument of any optimizer: true, false, a whole number or another."""
+def _argument(key: str, value: str) -> Any:
+    """An argument of any optimizer: true, false, a whole number or another; or a word of the trainer's."""
+    if key in OF_TRAINER_CHOICES:
+        return _word(key, value, OF_TRAINER_CHOICES[key])
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from kfqn.race.entrants import Settings
 from kfqn.race.entrants.grids import SETTINGS
+from kfqn.race.entrants.registry import SCHEDULE
 from kfqn.race.failure import Failure
 from kfqn.race.options import PaperOptions, RaceOptions, SweepOptions, Training, Tuning
 from kfqn.race.parser import parser
@@ -41,7 +43,10 @@ def run_race(given: argparse.Namespace) -> int:
     """``kfqn race``."""
     from kfqn.race.commands import race
 
-    return race(RaceOptions(given.problem, given.optimizers, given.seeds, given.out, training_of(given)))
+    schedule, training = schedule_of(given), training_of(given)
+    return race(
+        RaceOptions(given.problem, given.optimizers, schedule, given.seeds, given.out, training=training)
+    )
 
 
 def run_sweep(given: argparse.Namespace) -> int:
@@ -52,6 +57,7 @@ def run_sweep(given: argparse.Namespace) -> int:
         SweepOptions(
             problem=given.problem,
             optimizers=given.optimizers,
+            schedule=schedule_of(given),
             by=given.by,
             seeds=given.seeds,
             out=given.out,
@@ -92,6 +98,11 @@ def paper_of(given: argparse.Namespace, **own: int) -> PaperOptions:
 def training_of(given: argparse.Namespace) -> Training:
     """The options of `add_scale`."""
     return Training(**{field.name: getattr(given, field.name) for field in fields(Training)})
+
+
+def schedule_of(given: argparse.Namespace) -> Settings:
+    """Those options of `add_schedule` that were given."""
+    return {key: getattr(given, key) for key in SCHEDULE if getattr(given, key) is not None}
 
 
 def tuning_of(given: argparse.Namespace) -> Tuning:

@@ -4,26 +4,28 @@ from pathlib import Path
 
 from kfqn.race import process_group
 from kfqn.race import sweep as sweeping
-from kfqn.race.entrants import best_settings
+from kfqn.race.entrants import Settings, best_settings, default_field, swept_field, with_schedule
 from kfqn.race.entrants.grids import expand, grid
 from kfqn.race.options import RaceOptions, SweepOptions
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems import PROBLEMS, Problem
 from kfqn.race.report.page import write_report
-from kfqn.race.report.results import RACE
+from kfqn.race.runs.plan import Field
 from kfqn.race.session import exit_status, open_session, scale_of, search_of
 
 
 def race(options: RaceOptions) -> int:
     """Train the field with every seed and report who is ahead."""
     problem, out = PROBLEMS[options.problem], options.out or Path("runs") / options.problem
-    field = [
+    entrants = options.optimizers or [(name, None) for name in default_field(problem.name)]
+    known = [
         (name, settings or best_settings(problem.name, name, out / "sweep.json")[0])
-        for name, settings in options.optimizers
+        for name, settings in entrants
     ]
+    field = scheduled(known, problem, options.schedule)
     scale = scale_of(options.training, problem)
     with process_group.joined(options.training.device):
         session = open_session(options.training, [problem], out)
-        runs = session.run(problem, field, options.seeds, scale, RACE.loss)
+        runs = session.run(problem, field, options.seeds, scale, problem.quantities[0].key)
         if process_group.rank() == 0:
             write_report(runs, out, session.console)
         return exit_status(runs)
@@ -34,17 +36,27 @@ def sweep(options: SweepOptions) -> int:
     problem, out = PROBLEMS[options.problem], options.out or Path("runs") / options.problem
     path = options.save or out / "sweep.json"
     scale = scale_of(options.training, problem)
-    search = search_of(options.tuning, scale, options.by, options.seeds)
+    search = search_of(options.tuning, scale, options.by or problem.criterion, options.seeds)
     sweeping.load(path)
     session = open_session(options.training, [problem], out)
     coarse, most = search.coarse, search.max_points
-    field = [
+    entrants = options.optimizers or [(name, None) for name in swept_field(problem.name)]
+    points = [
         (name, settings)
-        for name, own in options.optimizers
+        for name, own in entrants
         for settings in (expand(own, coarse, most) if own else grid(problem.name, name, coarse, most))
     ]
+    field = scheduled(points, problem, options.schedule)
     entries, runs = session.tune(problem, field, scale, search)
-    sweeping.save(entries, sweeping.key(problem.name, search.by), path)
+    sweeping.save(entries, sweeping.key(problem, search.by), path)
     sweeping.print_entries(entries, session.console)
     session.console.print(f"saved to {path}", highlight=False, soft_wrap=True)
     return exit_status(runs)
+
+
+def scheduled(field: Field, problem: Problem, given: Settings) -> Field:
+    """The field with the options' schedule, or the problem's where they say nothing, for who names none."""
+    default = dict(problem.schedule) | dict(given)
+    if default.get("schedule") != "cosine":
+        default = {key: value for key, value in default.items() if key != "floor"}
+    return [(name, with_schedule(name, settings, default)) for name, settings in field]

@@ -36,10 +36,14 @@ class Tuning:
 
 @dataclass(frozen=True)
 class RaceOptions:
-    """``kfqn race``. Settings of None are the best that are known."""
+    """``kfqn race``. Settings of None are the best that are known, optimizers of None the problem's field.
+
+    ``schedule`` is what optimizers follow that name none.
+    """
 
     problem: str
-    optimizers: Sequence[tuple[str, Settings | None]]
+    optimizers: Sequence[tuple[str, Settings | None]] | None
+    schedule: Settings
     seeds: int
     out: Path | None
     training: Training
@@ -47,11 +51,12 @@ class RaceOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """``kfqn sweep``. A grid of None is that of `kfqn.race.entrants.grids`."""
+    """``kfqn sweep``. A grid of None is that of `kfqn.race.entrants.grids`; the rest as for a race."""
 
     problem: str
-    optimizers: Sequence[tuple[str, Grid | None]]
-    by: str
+    optimizers: Sequence[tuple[str, Grid | None]] | None
+    schedule: Settings
+    by: str | None
     seeds: int
     out: Path | None
     save: Path | None

@@ -1,25 +1,28 @@
 """What can be said on the command line, and its help, without importing anything heavy."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfqn import __version__
-from kfqn.race.arguments import entrant, one_of, positive, seconds, swept
+from kfqn.race.arguments import entrant, one_of, positive, seconds, share, swept, warm_up
 from kfqn.race.entrants import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT
 from kfqn.race.entrants.grids import SETTINGS
-from kfqn.race.problems import DEFAULT_DATA, PROBLEMS
+from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
+from kfqn.race.problems import DEFAULT_DATA, DEVELOPMENT, PROBLEMS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+OF_PAPER = [name for name in PROBLEMS if name not in DEVELOPMENT]  # that figures and tables can be made of
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     top = argparse.ArgumentParser(
         prog="kfqn",
-        description="Race Kronecker-factored quasi-Newton optimizers against others on real images.",
+        description="Race Kronecker-factored quasi-Newton optimizers against others on real data.",
     )
     top.add_argument("--version", action="version", version=f"kfqn {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -43,14 +46,15 @@ def add_race(commands: "Commands") -> None:
     add_optimizers(
         race,
         entrant,
-        DEFAULT_FIELD,
         "NAME[:KEY=VALUE,...]",
         f"any of {', '.join(ENTRANTS)}, with settings of your own if you like: kfbfgs:lr=3,damping=1 "
-        f"(default: {' '.join(DEFAULT_FIELD)}); or any torch optimizer by its dotted name, with its own "
-        "arguments: torch.optim.RMSprop:lr=1e-3,centered=true; cosine=1 lets the learning rate of any fall "
-        "to 0 along half a cosine, averaged=8 reads loss and error of an average of the weights that forgets "
-        "all but about the last ninth of the steps",
+        f"(default: {' '.join(DEFAULT_FIELD)}; on the development set its rivals); or any torch optimizer by "
+        "its dotted name, with its own arguments: torch.optim.RMSprop:lr=1e-3,centered=true; any takes "
+        "schedule=cosine, warmup=0.05 and floor=0.1, as the options below, and averaged=8, which reads loss "
+        "and error of an average of the weights that forgets all but about the last ninth of the steps; "
+        "decay=0.01 stands for the problem's weight decay",
     )
+    add_schedule(race)
     race.add_argument("--seeds", type=positive, default=3, help="runs of everything (default: %(default)s)")
     add_problem(race)
     add_scale(race)
@@ -69,19 +73,18 @@ def add_sweep(commands: "Commands") -> None:
     add_optimizers(
         sweep,
         swept,
-        PAPER_FIELD,
         "NAME[:KEY=VALUE/VALUE,...]",
-        f"any of {', '.join(SWEPT)} (default: {' '.join(PAPER_FIELD)}); or any torch optimizer by its dotted "
-        "name, with the values to try: mine.MySGD:lr=0.01/0.1/1,nesterov=true",
+        f"any of {', '.join(SWEPT)} (default: {' '.join(PAPER_FIELD)}; on the development set its rivals); "
+        "or any torch optimizer by its dotted name, with the values to try: mine.MySGD:lr=0.01/0.1/1",
     )
+    add_schedule(sweep)
     sweep.add_argument("--save", type=Path, metavar="FILE", help="default: sweep.json in the output folder")
     sweep.add_argument("--seeds", type=positive, default=1, help="runs of every point (default: 1)")
     sweep.add_argument(
         "--by",
-        choices=("average_loss", "train_loss", "test_error"),
-        default="average_loss",
-        help="what the best point has the least of, at the end of any epoch; average_loss is the paper's "
-        "0.9 moving average of mini-batch losses (default: %(default)s)",
+        choices=("average_loss", "train_loss", "test_loss", "test_error"),
+        help="what the best point has the least of, at the end of any epoch (default: average_loss, the "
+        "paper's 0.9 moving average of mini-batch losses; on the development set what its tables show first)",
     )
     add_search(sweep)
     add_problem(sweep)
@@ -127,13 +130,36 @@ def add_table(commands: "Commands") -> None:
 def add_optimizers(
     command: argparse.ArgumentParser,
     kind: Callable[[str], tuple[str, Any]],
-    field: Sequence[str],
     metavar: str,
     help: str,
 ) -> None:
-    """Who takes part: names with whatever ``kind`` reads after a colon, by default this field."""
-    default = [(name, None) for name in field]
-    command.add_argument("--optimizers", nargs="+", type=kind, default=default, metavar=metavar, help=help)
+    """Who takes part: names with whatever ``kind`` reads after a colon."""
+    command.add_argument("--optimizers", nargs="+", type=kind, metavar=metavar, help=help)
+
+
+def add_schedule(command: argparse.ArgumentParser) -> None:
+    """What the learning rates of those follow that name none of it themselves."""
+    command.add_argument(
+        "--schedule",
+        choices=OF_TRAINER_CHOICES["schedule"],
+        help="what learning rates follow after the warm-up, of every optimizer that names no schedule, "
+        "warmup or floor itself; not of those that find the lengths of their steps, kfbfgs:auto, kflbfgs:auto and "
+        "lbfgs, unless they say so: kfbfgs:auto:schedule=cosine (default: constant; on the development set "
+        "cosine)",
+    )
+    command.add_argument(
+        "--warmup",
+        type=warm_up,
+        metavar="W",
+        help="rates rise to their value over this share of the steps, or so many (default: none; on the "
+        "development set 0.05)",
+    )
+    command.add_argument(
+        "--floor",
+        type=share,
+        metavar="F",
+        help="the share of its value at which a cosine ends (default: 0; of char-gpt 0.1)",
+    )
 
 
 def add_paper(command: argparse.ArgumentParser) -> None:
@@ -141,8 +167,8 @@ def add_paper(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--problem",
         nargs="+",
-        type=one_of("problem", PROBLEMS),
-        choices=PROBLEMS,
+        type=one_of("problem", OF_PAPER),
+        choices=OF_PAPER,
         metavar="PROBLEM",
         help="default: those the paper shows there",
     )
@@ -170,7 +196,9 @@ def add_problem(command: argparse.ArgumentParser) -> None:
         type=one_of("problem", PROBLEMS),
         choices=PROBLEMS,
         default="digits",
-        help="default: digits, needs no download",
+        metavar="PROBLEM",
+        help=f"any of {', '.join(PROBLEMS)}: the last {len(DEVELOPMENT)} are the development set, where test "
+        "error or validation loss counts (default: digits, needs no download)",
     )
     command.add_argument("--out", type=Path, help="output folder (default: runs/PROBLEM)")
 
@@ -201,17 +229,30 @@ def add_search(command: argparse.ArgumentParser) -> None:
 
 def add_scale(command: argparse.ArgumentParser) -> None:
     """Options of every command that trains."""
-    command.add_argument("--epochs", type=positive, help="passes over the training images")
+    command.add_argument(
+        "--epochs",
+        type=positive,
+        help="passes over the training images; of char-gpt 80 steps, of burgers 100 (default: the problem's)",
+    )
     command.add_argument(
         "--budget", type=seconds, metavar="S", help="stop a run after so many CPU seconds of training"
     )
-    command.add_argument("--width", type=positive, help="filters of the first layer (default: the problem's)")
-    command.add_argument("--train-size", type=positive, help="use only the first so many training images")
+    command.add_argument(
+        "--width",
+        type=positive,
+        help="filters of the first layer, or the width of all others (default: the problem's)",
+    )
+    command.add_argument(
+        "--train-size",
+        type=positive,
+        help="use only the first so many training images; of char-gpt characters, of burgers interior points",
+    )
     command.add_argument(
         "--eval-size",
         type=positive,
         default=10_000,
-        help="read loss and error on the first so many training and test images (default: %(default)s)",
+        help="read loss and error on the first so many training and test images; of char-gpt on so many "
+        "windows, 500 at most, of burgers test points (default: %(default)s)",
     )
     command.add_argument(
         "--data-dir",

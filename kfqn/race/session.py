@@ -81,11 +81,11 @@ def open_session(training: Training, problems: Sequence[Problem], out: Path) -> 
 
 def check_size(train_size: int | None, problem: Problem, folder: Path | None) -> None:
     """Read every file, so that what is wrong is said before any run; Failure for more images than those."""
-    there = len(problem.data(folder).train)
-    if train_size is not None and train_size > there:
+    data = problem.data(folder)
+    if train_size is not None and train_size > len(data):
         raise Failure(
-            f"--train-size must be at most {there}, the training images of {problem.name}, got {train_size}: "
-            "leave it out to train on all of them."
+            f"--train-size must be at most {len(data)}, the {data.items} of {problem.name}, got "
+            f"{train_size}: leave it out to train on all of them."
         )
 
 
@@ -99,9 +99,14 @@ def terminal() -> Console:
 
 def scale_of(training: Training, problem: Problem) -> Scale:
     """The scale that the options ask for; Failure if the device is not there or the images are too few."""
-    if training.train_size is not None and training.train_size < problem.batch_size:
+    if training.train_size is not None and training.train_size < problem.smallest:
         raise Failure(
-            f"--train-size must be at least one batch, {problem.batch_size} here, got {training.train_size}."
+            f"--train-size must be at least {problem.smallest_is}, {problem.smallest} here, got "
+            f"{training.train_size}."
+        )
+    if training.width is not None and training.width % problem.heads:
+        raise Failure(
+            f"--width must be a multiple of {problem.heads}, the heads of attention, got {training.width}."
         )
     check_device(training.device)
     if problem.batch_size % process_group.size():

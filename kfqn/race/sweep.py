@@ -1,7 +1,7 @@
 """Tune optimizers: try every point of their grids on a problem, and keep what was best.
 
 Best is the smallest value, at the end of any epoch, of what the sweep goes ``by``: the paper's moving
-average of the training loss, the training loss itself or the test error; the mean over the
+average of the training loss, the training loss itself, the test loss or error; the mean over the
 seeds. A point that diverged is never best. Exact ties go to the first point of the grid.
 
 With halving, every point is first run for a ninth of the length, the best third of each optimizer for
@@ -26,13 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kfqn.race.entrants import ENTRANTS, entrant_of, sweep_file
+from kfqn.race.entrants.registry import OF_TRAINER
 from kfqn.race.entrants.settings import Settings, format_settings
 from kfqn.race.failure import Failure
+from kfqn.race.problems import Problem
 from kfqn.race.runs.files import check_writable, write_atomically
 from kfqn.race.runs.plan import Field, Scale, Search
 from kfqn.race.runs.run import Run
 
-CRITERIA = ("average_loss", "train_loss", "test_error")
+CRITERIA = ("average_loss", "train_loss", "test_loss", "test_error")
 STEP = 3  # from rung to rung so many times the length, for one in so many points
 
 Entry = sweep_file.Entry
@@ -95,7 +97,11 @@ def points_of(runs: Sequence[Run], share: float = 1.0) -> dict[str, list[Point]]
     for run in runs:
         config, end, epochs = run.config, run.end(), run.epochs()
         finished = end is not None and end["status"] == "finished"
-        lowest = {key: min(record[key] for record in epochs) if finished else None for key in CRITERIA}
+        lowest = {
+            key: min(record[key] for record in epochs) if finished else None
+            for key in CRITERIA
+            if not finished or key in epochs[0]
+        }
         facts = {"seed": config.seed, "status": end["status"] if end else "unfinished", "share": share}
         points.setdefault(config.entrant, []).append({**config.settings, **facts, **lowest})
     return points
@@ -114,8 +120,7 @@ def _keys(name: str, point: Point) -> list[str]:
     """Which entries of a point are settings."""
     if name not in ENTRANTS:  # anybody's class: all that does not tell of the run
         return [key for key in point if key not in ("seed", "status", "share", *CRITERIA)]
-    entrant = ENTRANTS[name]
-    return [key for key in entrant.settings if key in point]
+    return [key for key in (*ENTRANTS[name].settings, *OF_TRAINER) if key in point]
 
 
 def scores_of(name: str, points: Sequence[Point], by: str) -> list[tuple[dict[str, float], float]]:
@@ -147,9 +152,9 @@ def best(name: str, points: Sequence[Point], by: str, **fixed: float) -> dict[st
     return None
 
 
-def key(problem: str, by: str) -> str:
+def key(problem: Problem, by: str) -> str:
     """A problem's name in a sweep file: searches by loss and by test error stand side by side."""
-    return f"{problem} by test error" if by == "test_error" else problem
+    return f"{problem.name} by test error" if by == "test_error" != problem.criterion else problem.name
 
 
 def load(path: Path) -> dict[str, dict[str, Entry]]:

@@ -1,8 +1,16 @@
 """Who races: the optimizers, their settings, the grids that a sweep tries and the best points it found."""
 
-from kfqn.race.entrants.registry import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT, Entrant, entrant_of
+from kfqn.race.entrants.registry import (
+    DEFAULT_FIELD,
+    ENTRANTS,
+    PAPER_FIELD,
+    SWEPT,
+    Entrant,
+    entrant_of,
+    with_schedule,
+)
 from kfqn.race.entrants.settings import Settings
-from kfqn.race.entrants.tuned import best_settings
+from kfqn.race.entrants.tuned import best_settings, default_field, swept_field
 
 __all__ = [
     "DEFAULT_FIELD",
@@ -12,5 +20,8 @@ __all__ = [
     "Entrant",
     "Settings",
     "best_settings",
+    "default_field",
     "entrant_of",
+    "swept_field",
+    "with_schedule",
 ]

@@ -10,6 +10,8 @@ import random
 from collections.abc import Collection, Mapping
 
 from kfqn.race.entrants.settings import Settings
+from kfqn.race.failure import Failure
+from kfqn.race.problems import DEVELOPMENT
 
 Grid = Mapping[str, tuple[float, ...]]
 
@@ -65,7 +67,7 @@ TABLE_3: Mapping[str, Mapping[str, Settings]] = {
 
 _DIGITS_SECOND_ORDER = {"lr": (3.0, 10.0, 20.0, 30.0, 60.0), "damping": (1.0, 10.0, 30.0, 100.0)}
 
-SETTINGS = ("lr", "damping", "eps", "decay", "beta", "adam", "lr_cov")  # what the grids range over
+SETTINGS = ("lr", "damping", "eps", "decay", "beta", "adam", "lr_cov", "history")  # what the grids range over
 
 _THRIFTY = {"interval": (10.0,), "warm": (0.0,)}  # as the optimizers do by default, and nothing untimed
 
@@ -98,6 +100,38 @@ PEERS: dict[str, Grid] = {  # on every problem; of the size of those of the digi
     "singd": {"lr": (1e-3, 3e-3, 0.01, 0.03, 0.1), "lr_cov": (3e-3, 0.01, 0.03, 0.1)},
 }
 
+# The development set: what its rivals are usually set to among few others, under its problems' schedules.
+USUAL: Mapping[str, Settings] = {
+    "muon": {"lr": 0.02, "adam": 3e-3, "decay": 0.01},
+    "soap": {"lr": 3e-3, "beta": 0.95, "decay": 0.01},
+    "adamw": {"lr": 3e-3, "decay": 0.01},
+    "sgd": {"lr": 0.1, "nesterov": 1.0},
+    "lbfgs": {"lr": 1.0, "history": 100.0},
+}
+_TRIED: dict[str, Grid] = {
+    "muon": {"lr": (5e-3, 0.01, 0.02, 0.05)},
+    "soap": {"lr": (1e-3, 3e-3, 0.01)},
+    "adamw": {"lr": (1e-3, 3e-3, 0.01)},
+    "sgd": {"lr": (0.01, 0.03, 0.1, 0.3)},
+    "lbfgs": {"lr": (0.3, 1.0), "history": (10.0, 100.0)},
+}
+_WITHOUT_DECAY: Settings = {"decay": 0.0}  # as the equation is solved
+
+
+def usual(problem: str, entrant: str) -> Settings | None:
+    """What a rival of the development set is usually set to; None for another problem or optimizer."""
+    if entrant not in rivals(problem):
+        return None
+    settings = USUAL[entrant]
+    return {**settings, **_WITHOUT_DECAY} if problem == "burgers" and "decay" in settings else settings
+
+
+def rivals(problem: str) -> tuple[str, ...]:
+    """Who is swept on a problem of the development set; nobody on others."""
+    if problem not in DEVELOPMENT:
+        return ()
+    return ("muon", "soap", "adamw", "sgd", *["lbfgs"] * (problem == "burgers"))
+
 
 def in_torch(entrant: str, settings: Settings) -> dict[str, float]:
     """Settings as the paper prints them, in the convention of torch's optimizers."""
@@ -117,8 +151,20 @@ def grid(
     problem: str, entrant: str, coarse: Collection[str] = (), max_points: int | None = None
 ) -> list[dict[str, float]]:
     """Every point that a sweep tries of one of the entrants, in torch's convention: see `expand`."""
-    points = expand((OURS.get(problem, PRINTED) | PEERS)[entrant], coarse, max_points)
-    return points if problem in OURS else [in_torch(entrant, point) for point in points]
+    points = expand(_ranges(problem, entrant), coarse, max_points)
+    return [in_torch(entrant, point) for point in points] if problem in TABLE_3 else points
+
+
+def _ranges(problem: str, entrant: str) -> Grid:
+    settings = usual(problem, entrant)
+    if settings is not None:
+        return {**{key: (value,) for key, value in settings.items()}, **_TRIED[entrant]}
+    known = {} if problem in DEVELOPMENT else OURS.get(problem, PRINTED) | PEERS
+    if entrant not in known:
+        raise Failure(
+            f"there is no grid of {entrant} on {problem}: sweep others there, or race it with settings."
+        )
+    return known[entrant]
 
 
 def expand(

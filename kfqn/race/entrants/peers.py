@@ -11,7 +11,7 @@ from kfqn.race.entrants.settings import Settings
 from kfqn.race.failure import Failure
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 
@@ -92,10 +92,10 @@ def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Opt
 
 
 def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
-    """Muon (Jordan et al. 2024) for hidden weights, those of convolutions as matrices; AdamW for the rest.
+    """Muon (Jordan et al. 2024) for hidden weights, of convolutions as matrices, AdamW for all others.
 
-    Weight decay is decoupled, as its authors have it, where it is the setting ``decay``; the problem's is part
-    of the gradient.
+    Weight decay is decoupled, as its authors have it, where it is the setting ``decay``; the problem's is
+    part of the gradient.
     """
     hidden = hidden_weights(model)
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
@@ -111,8 +111,8 @@ def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
     return optimizer
 
 
-def hidden_weights(model: "nn.Module") -> "list[nn.Parameter]":
-    """Weights of `Linear` layers and convolutions without the last: no embeddings, positions, vectors, head."""
+def hidden_weights(model: "nn.Module") -> "list[Tensor]":
+    """Weights of `Linear` and convolutions without the last: no embeddings, positions, vectors, no head."""
     from torch import nn
 
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d

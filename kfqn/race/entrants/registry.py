@@ -74,7 +74,9 @@ ENTRANTS: Mapping[str, Entrant] = {
             automatic=True,
             scheduled=False,
         ),
-        Entrant("kfac", "KFAC", ours.kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging", "decay")),
+        Entrant(
+            "kfac", "KFAC", ours.kfac, ("lr", "damping"), ("pi", "clip", "momentum", "averaging", "decay")
+        ),
         Entrant("adam", "Adam", peers.adam, ("lr", "eps"), ("beta2", "decay")),
         Entrant("sgd", "SGD-m", peers.sgd, ("lr",), ("nesterov", "decay")),
         Entrant("adamw", "AdamW", peers.adamw, ("lr",), ("decay",)),

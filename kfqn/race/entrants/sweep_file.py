@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
 from kfqn.race.failure import Failure
 
 Entry = dict[str, Any]  # what a sweep file holds of one optimizer on one problem
@@ -31,10 +32,11 @@ def _items(value: Any, path: Path, what: str) -> list[tuple[str, Any]]:
 
 
 def _check(entry: Any, path: Path, what: str) -> None:
-    """An entry has settings of numbers, if any were best, and points that say how they ended."""
+    """An entry has settings of numbers and known words, if any were best, and points with their ends."""
     best = dict(_items(entry, path, what)).get("best")
     if best is not None and not all(
-        isinstance(v, int | float) for _, v in _items(best, path, f"best of {what}")
+        isinstance(v, int | float) or v in OF_TRAINER_CHOICES.get(key, ())
+        for key, v in _items(best, path, f"best of {what}")
     ):
         raise _damaged(path, f"best of {what} is not made of numbers")
     points = entry.get("points", [])

@@ -46,7 +46,7 @@ class Experiment:
 
     def entries(self, names: Sequence[str], by: str) -> dict[str, sweeping.Entry]:
         """The sweeps of these optimizers; one that is missing or not complete is done now."""
-        key = sweeping.key(self.problem.name, by)
+        key = sweeping.key(self.problem, by)
         known = sweeping.load(self.sweep_file).get(key, {})
         missing = [name for name in names if name not in known or not sweeping.complete(known[name])]
         if missing:

@@ -80,8 +80,10 @@ def model_and_batch(problem: Problem, options: PaperOptions, batch: int) -> tupl
     """The problem's network and random images of its size: cost does not depend on what they show."""
     torch.manual_seed(0)
     model = problem.network(options.training.width).to(options.training.device)
-    x = torch.randn(batch, problem.channels, problem.side, problem.side, device=options.training.device)
-    y = torch.randint(problem.classes, (batch,), device=options.training.device)
+    images, device = problem.images, options.training.device
+    assert images is not None  # the parser knows no others
+    x = torch.randn(batch, images.channels, images.side, images.side, device=device)
+    y = torch.randint(images.classes, (batch,), device=device)
     return model, kfqn.closure(model, x, y, F.cross_entropy)
 
 

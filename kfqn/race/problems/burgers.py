@@ -1,7 +1,7 @@
 """Burgers' equation, u_t + u u_x = ν u_xx, solved by a network that knows the equation (Raissi et al. 2019).
 
-On x ∈ [-1, 1], t ∈ [0, 1], with u(0, x) = -sin(πx), u(t, ±1) = 0 and ν = 0.01/π. Nothing is random in a run but
-the first weights: the points are the same in all.
+On x ∈ [-1, 1], t ∈ [0, 1], with u(0, x) = -sin(πx), u(t, ±1) = 0 and ν = 0.01/π. The points are the same in
+all runs, which differ in their first weights alone.
 """
 
 import math
@@ -55,13 +55,14 @@ class Burgers(Task):
     def __init__(self, points: Points, device: torch.device, size: Size) -> None:
         if process_group.size() > 1:
             raise Failure("burgers differentiates its inputs, which several processes cannot share: run one.")
-        interior, self.test = points.interior[: size.train], points.test[: size.evaluated].to(device)
-        self.points = torch.cat((interior, points.boundary, points.initial)).to(device)
-        known = torch.cat((torch.zeros(len(points.boundary)), -torch.sin(math.pi * points.initial[:, 1])))
+        interior, boundary, initial = points.interior[: size.train], points.boundary, points.initial
+        self.test = points.test[: size.evaluated].to(device)
+        self.points = torch.cat((interior, boundary, initial)).to(device)
+        known = torch.cat((torch.zeros(len(boundary)), -torch.sin(math.pi * initial[:, 1])))
         self.known, self.interior = known.to(device), len(interior)
         self.exact = solution(*self.test.double().cpu().unbind(1)).float().to(device)
         self.conditions = {
-            "points": f"{len(interior)} interior, {len(points.boundary)} boundary, {len(points.initial)} initial",
+            "points": f"{len(interior)} interior, {len(boundary)} boundary, {len(initial)} initial",
             "evaluated points": str(len(self.test)),
         }
 
@@ -82,7 +83,8 @@ class Burgers(Task):
         u_t, u_x = _gradient(u, points).unbind(1)
         u_xx = _gradient(u_x, points)[:, 1]
         residual = (u_t + u * u_x - NU * u_xx)[: self.interior]
-        return residual.square().mean() + (u[self.interior :] - self.known).square().mean()
+        loss: Tensor = residual.square().mean() + (u[self.interior :] - self.known).square().mean()
+        return loss
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         loss = self.loss(model).item()
@@ -100,8 +102,8 @@ def _gradient(values: Tensor, points: Tensor) -> Tensor:
 def solution(t: Tensor, x: Tensor) -> Tensor:
     """u at times t ≥ 0 and places x, float64, (n,): Cole and Hopf's integrals (Basdevant et al. 1986).
 
-    u = -∫ sin(πy) f(y) w(η) dη / ∫ f(y) w(η) dη with y = x - η, f(y) = exp(-cos(πy)/2πν), w(η) = exp(-η²/4νt), by
-    Gauss-Hermite quadrature in z = η/√(4νt).
+    u = -∫ sin(πy) f(y) w(η) dη / ∫ f(y) w(η) dη with y = x - η, f(y) = exp(-cos(πy)/2πν) and w(η) =
+    exp(-η²/4νt), by Gauss-Hermite quadrature in z = η/√(4νt).
     """
     z, weights = (torch.from_numpy(values) for values in np.polynomial.hermite.hermgauss(NODES))
     y = x[:, None] - (4 * NU * t)[:, None].sqrt() * z

@@ -1,4 +1,4 @@
-"""The images an optimizer is raced on, as tensors on the device, batches of them, and their classification."""
+"""The images an optimizer is raced on, as tensors on the device, batches of them, their classification."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +35,9 @@ class Images:
         """The same at half the side: means of 2×2 pixels, rounded."""
         n, channels, height, width = self.x.shape
         quarters = self.x.view(n, channels, height // 2, 2, width // 2, 2)
-        return Images((quarters.sum((3, 5), dtype=torch.int16) + 2).div(4, rounding_mode="floor").byte(), self.y)
+        return Images(
+            (quarters.sum((3, 5), dtype=torch.int16) + 2).div(4, rounding_mode="floor").byte(), self.y
+        )
 
 
 @final

@@ -14,9 +14,22 @@ class Quantity:
     logarithmic: bool = True
 
     @property
+    def scale(self) -> int:
+        """What a value is times where it is shown."""
+        return 100 if self.percent else 1
+
+    @property
     def label(self) -> str:
         """The name with its unit."""
         return f"{self.name}, %" if self.percent else self.name
+
+    def short(self, value: float) -> str:
+        """A value in a sentence."""
+        return f"{100 * value:.3g} %" if self.percent else f"{value:.3g}"
+
+    def told(self, value: float) -> str:
+        """A value with its name: "training loss 0.15"."""
+        return f"{self.name} {self.short(value)}"
 
     def text(self, value: float, error: float | None = None) -> str:
         """A value with its unit's digits, and a standard error if there is one."""

@@ -89,6 +89,7 @@ def plain_cnn(classes: int, channels: int = 3, width: int = 16) -> nn.Sequential
     for module in layers:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 

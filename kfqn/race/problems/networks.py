@@ -1,4 +1,4 @@
-"""Networks of problems by width alone; each imports torch when it is built, which help and parser need not."""
+"""The problems' networks; torch is imported when one is built, which the parser and its help do not need."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

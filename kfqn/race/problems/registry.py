@@ -33,9 +33,9 @@ class Problem:
 
     ``data`` takes the folder of ``--data-dir`` (None without), ``model`` a width, which is a multiple of
     ``heads``. ``quantities`` are what tables show, the first what they are sorted by and targets are set in;
-    a sweep goes by ``criterion``; ``schedule`` is what the learning rates of others follow. At least
-    ``smallest`` items are trained on, which is ``smallest_is``. ``source`` says which data set has to be found
-    or downloaded first, if any; ``images`` what they are, on a problem of images.
+    a sweep goes by ``criterion``; ``schedule`` is what learning rates follow unless told otherwise. At least
+    ``smallest`` items are trained on, which is ``smallest_is``. ``source`` says which data set has to be
+    found or downloaded first, if any; ``images`` what they are, on a problem of images.
     """
 
     name: str
@@ -127,7 +127,9 @@ def _on_cifar(name: str, title: str, classes: int, model: OfImages, width: int, 
 _SCHEDULE = (("schedule", "cosine"), ("warmup", 0.05))
 
 
-def _on_small_cifar(name: str, title: str, classes: int, model: OfImages, width: int, **values: Any) -> Problem:
+def _on_small_cifar(
+    name: str, title: str, classes: int, model: OfImages, width: int, **values: Any
+) -> Problem:
     """All images at 16×16: of the development set, where test error counts, under a schedule."""
     source = _cifar_10 if classes == 10 else _cifar_100
 
@@ -191,11 +193,27 @@ _BURGERS = Problem(
 DEVELOPMENT = {  # a task of each kind, at a scale where a run takes minutes
     problem.name: problem
     for problem in (
-        _on_small_cifar("cifar10-small-resnet", "CIFAR-10 at 16×16, ResNet-8", 10, networks.resnet8, 16, epochs=6),
-        _on_small_cifar("cifar100-small-resnet", "CIFAR-100 at 16×16, ResNet-8", 100, networks.resnet8, 16, epochs=6),
-        _on_small_cifar("cifar10-small-plain", "CIFAR-10 at 16×16, plain CNN", 10, networks.plain_cnn, 16, epochs=3),
-        _on_small_cifar("cifar100-small-plain", "CIFAR-100 at 16×16, plain CNN", 100, networks.plain_cnn, 16, epochs=3),
-        _on_small_cifar("cifar10-small-vit", "CIFAR-10 at 16×16, ViT", 10, networks.vision_transformer, 64, epochs=6, heads=4),
+        _on_small_cifar(
+            "cifar10-small-resnet", "CIFAR-10 at 16×16, ResNet-8", 10, networks.resnet8, 16, epochs=6
+        ),
+        _on_small_cifar(
+            "cifar100-small-resnet", "CIFAR-100 at 16×16, ResNet-8", 100, networks.resnet8, 16, epochs=6
+        ),
+        _on_small_cifar(
+            "cifar10-small-plain", "CIFAR-10 at 16×16, plain CNN", 10, networks.plain_cnn, 16, epochs=3
+        ),
+        _on_small_cifar(
+            "cifar100-small-plain", "CIFAR-100 at 16×16, plain CNN", 100, networks.plain_cnn, 16, epochs=3
+        ),
+        _on_small_cifar(
+            "cifar10-small-vit",
+            "CIFAR-10 at 16×16, ViT",
+            10,
+            networks.vision_transformer,
+            64,
+            epochs=6,
+            heads=4,
+        ),
         _CHAR_GPT,
         _BURGERS,
     )

@@ -53,7 +53,7 @@ class NextCharacter(Task):
         self.read = [spread_windows(part, min(READ, size.evaluated)) for part in (train, validation)]
         self.conditions = {
             "training characters": f"{len(train)}",
-            "evaluated windows": f"{len(self.read[0])} of training and {len(self.read[1])} of validation text",
+            "evaluated windows": f"{len(self.read[0])} for training, {len(self.read[1])} for validation",
         }
 
     def epoch(self, model: nn.Module, generator: torch.Generator) -> Iterator[Closure]:

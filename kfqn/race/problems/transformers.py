@@ -9,7 +9,7 @@ BLOCKS = 3
 
 
 class Attention(nn.Module):
-    """Self-attention with queries, keys and values from one `Linear`; x is (m, t, width), as is the result."""
+    """Self-attention, its queries, keys and values from one `Linear`; x and the result are (m, t, width)."""
 
     def __init__(self, width: int, *, causal: bool) -> None:
         super().__init__()
@@ -17,7 +17,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (3, m, heads, t, d)
-        mixed = F.scaled_dot_product_attention(*heads.unbind(), is_causal=self.causal)
+        q, k, v = heads.unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -34,7 +35,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
-        return x + self.mlp(x)
+        out: Tensor = x + self.mlp(x)
+        return out
 
 
 class Positions(nn.Module):

@@ -1,4 +1,7 @@
-"""The paper's four panels: training loss above test error, by epoch and by time; one block a problem."""
+"""The paper's four panels: training loss above test error, by epoch and by time; one block a problem.
+
+Of the development set, what counts there above the training loss.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from kfqn.race.entrants import ENTRANTS
+from kfqn.race.problems.measures import Quantity
 from kfqn.race.report.results import Result, common_target
 from kfqn.race.runs.files import atomic_path
 
@@ -54,7 +58,7 @@ def draw(blocks: Sequence[tuple[str, Sequence[Result]]], title: str, path: Path)
 
 def _block(part: SubFigure, heading: str, results: Sequence[Result]) -> None:
     measure = results[0].measure
-    quantities = {measure.loss: measure.loss_label, "test_error": "test error, %"}
+    quantities = measure.quantities[:2]
     axes = {"epoch": "epoch", measure.time: measure.time_label}
     panels = part.subplots(2, 2, sharex="col", sharey="row")
     for result, color, style in zip(results, *_styles(results), strict=True):
@@ -64,12 +68,19 @@ def _block(part: SubFigure, heading: str, results: Sequence[Result]) -> None:
     for panel in panels[0] if any(result.epochs for result in results) else []:
         target = common_target(results)
         if math.isfinite(target):
-            panel.axhline(target, color="#999", linewidth=0.8, linestyle=":", label="common target")
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-    for row, label in enumerate(quantities.values()):
-        panels[row, 0].set_ylabel(label)
+            panel.axhline(
+                measure.first.scale * target,
+                color="#999",
+                linewidth=0.8,
+                linestyle=":",
+                label="common target",
+            )
+    for row, quantity in enumerate(quantities):
+        panels[row, 0].set_ylabel(quantity.label)
+        for panel in panels[row] if quantity.logarithmic and any(result.epochs for result in results) else []:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+            panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     for column, label in enumerate(axes.values()):
         panels[1, column].set_xlabel(label)
     for panel in panels.flat:
@@ -94,14 +105,13 @@ def _styles(results: Sequence[Result]) -> tuple[list[str], list[str]]:
     return [COLORS[color] for color, _ in places], [DASHES[dash] for _, dash in places]
 
 
-def _line(panel: Axes, result: Result, axis: str, quantity: str, color: str, style: str) -> None:
+def _line(panel: Axes, result: Result, axis: str, quantity: Quantity, color: str, style: str) -> None:
     lost = f", {result.lost}" if result.lost else ""
     if not result.epochs:
         panel.plot([], [], color=color, linestyle=style, label=result.label + lost)
         return
-    scale = 100 if quantity == "test_error" else 1
-    curve, x = result.curve(quantity), result.curve(axis).mean
-    mean, error = scale * curve.mean, scale * curve.error
+    curve, x = result.curve(quantity.key), result.curve(axis).mean
+    mean, error = quantity.scale * curve.mean, quantity.scale * curve.error
     panel.plot(x, mean, color=color, linestyle=style, linewidth=1.8, label=result.label + lost)
-    floor = np.zeros_like(mean) if quantity == "test_error" else mean / 100  # below 0 there is no logarithm
+    floor = mean / 100 if quantity.logarithmic else np.zeros_like(mean)  # below 0 there is no logarithm
     panel.fill_between(x, np.maximum(mean - error, floor), mean + error, color=color, alpha=0.2, linewidth=0)

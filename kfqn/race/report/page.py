@@ -2,32 +2,40 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from rich.console import Console
 
+from kfqn.race.problems import PROBLEMS
 from kfqn.race.report.figure import draw
-from kfqn.race.report.results import RACE, Result, results_of
+from kfqn.race.report.results import Measure, Result, race_measure, results_of
 from kfqn.race.report.sentences import merged_conditions, title_of, unfinished, verdict
 from kfqn.race.report.table import headings, print_table, rows
 from kfqn.race.runs import Run
 from kfqn.race.runs.files import write_atomically
 
 EXPLANATION = (
-    "Means over the seeds, ± the standard error; the lowest final loss on top. Training loss: of the final "
-    "weights, over the training images without augmentation. Target: the lowest training loss that every "
-    "optimizer that learned has reached at the end of an epoch in the median over its seeds; epochs and "
-    "seconds to it are medians too. An optimizer has learned if its lowest loss is at least half the way "
-    "from guessing, ln(classes), to the lowest of all. Seconds are training alone: neither evaluation nor "
-    "the warm start is in them."
+    "Means over the seeds, ± the standard error; the lowest final {name} on top. Training loss: of the final "
+    "weights, over the training data without augmentation. Target: the lowest {name} that every optimizer "
+    "that learned has reached at the end of an epoch in the median over its seeds; epochs and seconds to it "
+    "are medians too. An optimizer has learned if its lowest {name} is at least half the way from guessing "
+    "to the lowest of all. Seconds are training alone: neither evaluation nor the warm start is in them. A "
+    "step of L-BFGS is some iterations of its own: it is compared by seconds."
 )
+
+
+def explanation(measure: Measure) -> str:
+    """What the table's columns are."""
+    return EXPLANATION.format(name=measure.first.name)
 
 
 def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     """Draw ``race.png`` and ``race.html`` in ``out`` from the files of the runs, and print the table."""
-    results = results_of(runs)
+    problem = PROBLEMS[runs[0].config.problem]
+    measure = race_measure(problem)
+    results = results_of(runs, measure)
     table = rows(results)
     title = title_of(runs)
     draw([("", results)], title, out / "race.png")
@@ -36,15 +44,16 @@ def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
         title=title,
         verdict=verdict(results),
         figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
-        headings=astuple(headings(RACE)),
-        rows=[astuple(row) for row in table],
-        explanation=EXPLANATION,
+        pictured=" and ".join(quantity.name for quantity in measure.quantities[:2]).capitalize(),
+        headings=headings(measure).cells,
+        rows=[row.cells for row in table],
+        explanation=explanation(measure),
         unfinished=unfinished(runs),
         factors=factors_of(results),
         conditions=merged_conditions(runs),
     )
     write_atomically(out / "race.html", html)
-    print_table(table, title, console, RACE)
+    print_table(table, title, console, measure)
     console.print(verdict(results), soft_wrap=not console.is_terminal)
     for name, reason, _ in unfinished(runs):
         console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kfqn.race.entrants import entrant_of
 from kfqn.race.entrants.settings import format_settings
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.problems.measures import AVERAGE_LOSS, TEST_ERROR, TRAIN_LOSS, Quantity
 from kfqn.race.runs import Config, Record, Run
 
 Array = NDArray[np.float64]
@@ -17,17 +18,39 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measure:
-    """Which keys of the records are called training loss and time (`docs/decisions.md`, 14)."""
+    """Which keys of the records are shown, and which is time (`docs/decisions.md`, 14).
 
-    loss: str
-    loss_label: str
+    The first of the ``quantities`` is what optimizers are compared by.
+    """
+
+    quantities: tuple[Quantity, ...]
     time: str
     time_label: str
     second: str  # its unit in the table
 
+    @property
+    def first(self) -> Quantity:
+        """What optimizers are compared by."""
+        return self.quantities[0]
 
-RACE = Measure("train_loss", "training loss", "seconds", "training time, s", "s")
-PAPER = Measure("average_loss", "moving average of the loss", "cpu_seconds", "CPU time, s", "CPU s")
+    @property
+    def loss(self) -> str:
+        """Its key."""
+        return self.first.key
+
+    @property
+    def loss_label(self) -> str:
+        """Its name."""
+        return self.first.name
+
+
+RACE = Measure((TRAIN_LOSS, TEST_ERROR), "seconds", "training time, s", "s")
+PAPER = Measure((AVERAGE_LOSS, TEST_ERROR), "cpu_seconds", "CPU time, s", "CPU s")
+
+
+def race_measure(problem: Problem) -> Measure:
+    """A race's, with what counts on a problem."""
+    return replace(RACE, quantities=problem.quantities)
 
 
 @dataclass(frozen=True)
@@ -114,10 +137,11 @@ def results_of(runs: Sequence[Run], measure: Measure = RACE) -> list[Result]:
 def learned(results: Sequence[Result]) -> list[Result]:
     """Those whose lowest training loss is at least half the way from guessing to the lowest of all.
 
-    Guessing is ln(classes), the loss of equal logits. Who stays near it, diverges or loses most of its runs
-    says nothing about the others: whether it races or not, they are compared in the same way.
+    Guessing is ln(classes), the loss of equal logits, or what else the problem says. Who stays near it,
+    diverges or loses most of its runs says nothing about the others: whether it races or not, they are
+    compared in the same way. On the development set all this is of the first of its quantities.
     """
-    guessing = math.log(PROBLEMS[results[0].config.problem].classes)
+    guessing = PROBLEMS[results[0].config.problem].guess.of(results[0].measure.loss)
     best = min(s.lowest for s in results)
     return [s for s in results if best < guessing and s.lowest <= (guessing + best) / 2]
 

@@ -29,10 +29,11 @@ def verdict(results: Sequence[Result]) -> str:
         return "No run finished." if not any(s.epochs for s in results) else "Most runs were lost."
     able = sorted(learned(results), key=lambda s: (s.reached(target, measure.time), s.final))
     if not able:
-        classes = PROBLEMS[results[0].config.problem].classes
-        return f"Nobody learned: guessing among {classes} classes has a loss of {math.log(classes):.3g}."
+        guess = PROBLEMS[results[0].config.problem].guess
+        noun = "an error" if measure.loss == "test_error" else "a loss"
+        return f"Nobody learned: {guess.who} has {noun} of {guess.of(measure.loss):.3g}."
     times = [f"{s.reached(target, measure.time):.2f} {measure.second}" for s in able]
-    first = f"{able[0].label} was first at the common target, {measure.loss_label} {target:.3g}"
+    first = f"{able[0].label} was first at the common target, {measure.first.told(target)}"
     sentences = [
         f"{first}: after {times[0]}, before {able[1].label} after {times[1]}."
         if len(able) > 1
@@ -40,7 +41,7 @@ def verdict(results: Sequence[Result]) -> str:
     ]
     if len(able) > 1:
         lowest = min(able, key=lambda s: s.final)
-        sentences.append(f"{lowest.label} ended lowest, at {lowest.final:.3g}.")
+        sentences.append(f"{lowest.label} ended lowest, at {measure.first.short(lowest.final)}.")
     too_little = [s.label for s in finished if s not in able]
     sentences += [f"Learned too little to have a say: {', '.join(too_little)}."] if too_little else []
     return " ".join(sentences)

@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from kfqn.race.problems.measures import Quantity
 from kfqn.race.report.results import Measure, Result, common_target
 
 
@@ -16,8 +17,7 @@ class Row:
     """One line of the table; numbers are means over the seeds unless said otherwise."""
 
     label: str
-    train_loss: str
-    test_error: str
+    quantities: tuple[str, ...]
     seconds: str
     seconds_per_epoch: str
     epochs_to_target: str
@@ -25,14 +25,19 @@ class Row:
     warm_start_seconds: str
     lost: str
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """All of it, from left to right."""
+        label, quantities, *rest = (getattr(self, field.name) for field in fields(self))
+        return (label, *quantities, *rest)
+
 
 def headings(measure: Measure) -> Row:
     """The table's first line."""
     s = measure.second
     return Row(
         label="optimizer",
-        train_loss=measure.loss_label,
-        test_error="test error, %",
+        quantities=tuple(quantity.label for quantity in measure.quantities),
         seconds=s,
         seconds_per_epoch=f"{s} an epoch",
         epochs_to_target="epochs to target",
@@ -43,26 +48,25 @@ def headings(measure: Measure) -> Row:
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """The table, the lowest final training loss on top, who lost most of its runs at the bottom."""
+    """The table, the lowest of what counts on top, who lost most of its runs at the bottom."""
     target = common_target(results)
     return [_row(result, target) for result in sorted(results, key=lambda s: s.final)]
 
 
 def _row(result: Result, target: float) -> Row:
     if not result.epochs:
-        return Row(result.label, "–", "–", "–", "–", "–", "–", "–", result.lost)
+        nothing = ("–",) * len(result.measure.quantities)
+        return Row(result.label, nothing, "–", "–", "–", "–", "–", result.lost)
     measure = result.measure
-    loss, error, seconds = (result.curve(key) for key in (measure.loss, "test_error", measure.time))
+    seconds = result.curve(measure.time)
     epochs, time, warm = (
         result.reached(target, "epoch"),
         result.reached(target, measure.time),
         result.warm_start_seconds,
     )
-    several = len(result.epochs) > 1
     return Row(
         label=result.label,
-        train_loss=f"{loss.mean[-1]:.3g}" + f" ± {loss.error[-1]:.1g}" * several,
-        test_error=f"{100 * error.mean[-1]:.2f}" + f" ± {100 * error.error[-1]:.2f}" * several,
+        quantities=tuple(_final(result, quantity) for quantity in measure.quantities),
         seconds=f"{seconds.mean[-1]:.1f}",
         seconds_per_epoch=f"{seconds.mean[-1] / len(seconds.mean):.2f}",
         epochs_to_target=f"{epochs:g}" if math.isfinite(epochs) else "–",
@@ -72,13 +76,18 @@ def _row(result: Result, target: float) -> Row:
     )
 
 
+def _final(result: Result, quantity: Quantity) -> str:
+    curve = result.curve(quantity.key)
+    return quantity.text(curve.mean[-1], curve.error[-1] if len(result.epochs) > 1 else None)
+
+
 def print_table(table: Sequence[Row], title: str, console: Console, measure: Measure) -> None:
     """The table, the winner first and bold."""
     view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
-    shown = [f.name for f in fields(Row) if f.name != "lost" or any(row.lost != "–" for row in table)]
-    for name in shown:
-        justify: Literal["left", "right"] = "left" if name == "label" else "right"
-        view.add_column(getattr(headings(measure), name), justify=justify, overflow="fold")
+    shown = None if any(row.lost != "–" for row in table) else -1  # the last column tells of lost runs
+    for n, heading in enumerate(headings(measure).cells[:shown]):
+        justify: Literal["left", "right"] = "left" if n == 0 else "right"
+        view.add_column(heading, justify=justify, overflow="fold")
     for n, row in enumerate(table):
-        view.add_row(*(getattr(row, name) for name in shown), style="bold" if n == 0 else None)
+        view.add_row(*row.cells[:shown], style="bold" if n == 0 else None)
     console.print(view)

@@ -22,7 +22,7 @@ def schedule_of(optimizer: Optimizer, settings: Settings, steps: int | None) -> 
 
 
 def factor_of(warmup: int, steps: int | None, floor: float) -> Callable[[int], float]:
-    """What the k-th step's rate is times, k from 0: up to 1 in ``warmup`` steps, down to ``floor`` at ``steps``."""
+    """What a rate is times at step k = 0, …: up to 1 in ``warmup`` steps, down to ``floor`` at ``steps``."""
 
     def factor(k: int) -> float:
         if k < warmup:
