@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from kfqn.race.entrants import entrant_of
+from kfqn.race.entrants.settings import format_value
 from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems.measures import TRAIN_LOSS, Quantity
 from kfqn.race.report.figure import draw
 from kfqn.race.report.results import RACE, Result, common_target
 from kfqn.race.runs import Config, Run
@@ -105,7 +107,7 @@ def command_of(configs: Sequence[Config]) -> str:
     parts += [f"--{key} {value}" for key, value in told.items() if value is not None]
     entrants = []
     for config in configs:
-        values = ",".join(f"{key}={value:g}" for key, value in config.settings.items())
+        values = ",".join(f"{key}={format_value(value)}" for key, value in config.settings.items())
         entrants.append(f"{config.entrant}:{values}" if values else config.entrant)
     return " ".join([*parts, "--optimizers", *map(shlex.quote, dict.fromkeys(entrants))])
 
@@ -126,7 +128,8 @@ def collect(folder: Path, name: str, note: str) -> Path:
         kept: dict[str, Any] = settings | {"status": end["status"]}
         kept |= {key: end[key] for key in ENDS if end.get(key)}
         kept |= {"conditions": others} if others else {}
-        kept |= {key: [float(f"{record[key]:.6g}") for record in run.epochs()] for key in KEPT}
+        keys = kept_of(run.config.problem)
+        kept |= {key: [float(f"{record[key]:.6g}") for record in run.epochs()] for key in keys}
         lines.append(json.dumps(kept))
     conditions |= {"note": note} if note else {}
     head = {"command": command_of([run.config for run in runs]), "config": config, "conditions": conditions}
@@ -136,16 +139,23 @@ def collect(folder: Path, name: str, note: str) -> Path:
     return target
 
 
+def kept_of(problem: str) -> tuple[str, ...]:
+    """What a file holds of an epoch on a problem: `KEPT`, and what else its tables show."""
+    shown = (quantity.key for quantity in PROBLEMS[problem].quantities)
+    return tuple(dict.fromkeys((*KEPT, *shown)))
+
+
 def unpack(file: Path, folder: Path) -> list[Run]:
     """The run folders that a file was collected from, without diagnostics."""
     race, runs = json.loads(file.read_text(encoding="utf-8")), []
     for kept in race["runs"]:
-        rest = ("status", "conditions", *ENDS, *KEPT)
+        keys = kept_of({**race["config"], **kept}["problem"])
+        rest = ("status", "conditions", *ENDS, *keys)
         settings = {key: value for key, value in kept.items() if key not in rest}
         run = Run.create(folder, Config(**race["config"] | settings))
-        columns = zip(*(kept[key] for key in KEPT), strict=True)
+        columns = zip(*(kept[key] for key in keys), strict=True)
         records: list[dict[str, Any]] = [
-            {"epoch": n} | dict(zip(KEPT, values, strict=True)) for n, values in enumerate(columns, start=1)
+            {"epoch": n} | dict(zip(keys, values, strict=True)) for n, values in enumerate(columns, start=1)
         ]
         end = {key: kept[key] for key in ("status", *ENDS) if key in kept}
         run.write([*records, end | {"conditions": race["conditions"] | kept.get("conditions", {})}])
@@ -160,7 +170,9 @@ def read(file: Path) -> Race:
         for run in unpack(file, Path(folder)):
             groups.setdefault(f"{run.config.entrant} {run.config.settings}", []).append(run)
         config = next(iter(groups.values()))[0].config
-        measure = ON_CPU if config.device == "cpu" else RACE
+        measure = replace(
+            ON_CPU if config.device == "cpu" else RACE, quantities=PROBLEMS[config.problem].quantities
+        )
         field = [Result(runs, measure) for runs in groups.values()]
     conditions = json.loads(file.read_text(encoding="utf-8"))["conditions"]
     return Race(file.stem, config, conditions, sorted(field, key=lambda s: s.final))
@@ -184,6 +196,12 @@ def number(mean: float, error: float, form: str, form_of_error: str) -> str:
     return finite(mean, form) + (f" ± {error:{form_of_error}}" if error else "")
 
 
+def final(standing: Result, quantity: Quantity) -> str:
+    """What the last epoch ended with, as a table shows it."""
+    mean, error = (quantity.scale * value for value in last(standing, quantity.key))
+    return number(mean, error, *((".1f", ".1f") if quantity.percent else (".3g", ".1g")))
+
+
 def row(*cells: str) -> str:
     """A line of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"
@@ -196,23 +214,20 @@ def table(race: Race) -> list[str]:
     lines = [
         row(
             "optimizer",
-            "training loss",
-            "test error, %",
+            *(quantity.label for quantity in measure.quantities),
             unit,
             f"to {finite(target, '.3g')}",
             "to its lowest : ours",
         ),
-        row(*["---"] * 6),
+        row(*["---"] * (4 + len(measure.quantities))),
     ]
     for s in race.field:
-        loss, error = last(s, measure.loss), last(s, "test_error")
         own, same = (finite(time, ".3g") for time in to_lowest(s, ours or s))
         label = f"**{s.label}**" if s is ours else s.label
         lines.append(
             row(
                 label + (f", {s.lost}" if s.lost else ""),
-                number(*loss, ".3g", ".1g"),
-                number(100 * error[0], 100 * error[1], ".1f", ".1f"),
+                *(final(s, quantity) for quantity in measure.quantities),
                 finite(last(s, measure.time)[0], ".3g"),
                 finite(s.reached(target, measure.time), ".3g"),
                 own if s is (ours or s) else f"{own} : {same}",
@@ -260,7 +275,10 @@ def verdict(race: Race) -> str:
             times["shorter than" if same < own else "not shorter than"].append(name_of(s))
     leader = min(race.field, key=lambda s: s.reached(target, measure.time))
     first = f"First at {target:.3g}: {name_of(leader)}" if math.isfinite(target) else "Nobody learned"
-    told = [("loss", compared(race, measure.loss)), ("test error", compared(race, "test_error"))]
+    told = [
+        ("loss" if quantity == TRAIN_LOSS else quantity.name, compared(race, quantity.key))
+        for quantity in measure.quantities[:2]
+    ]
     told += [("time to the lowest loss of each", times)]
     parts = [f"*{what}* {classes(found)}" for what, found in told if found]
     hint = " One seed is a hint, not more." if race.seeds == 1 else ""

@@ -96,11 +96,12 @@ def test_a_run_that_diverges_is_a_result_and_is_shown(tmp_path):
     ("entrant", "of_trainer"),
     [
         *((name, {}) for name in entrants.ENTRANTS),
-        *((name, {"cosine": 1.0, "averaged": 3.0}) for name in ("kfbfgs:auto", "adam")),
+        *((name, {"schedule": "cosine", "warmup": 0.3, "averaged": 3.0}) for name in ("kfbfgs:auto", "adam")),
     ],
 )
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(entrant, of_trainer, tmp_path, monkeypatch):
-    grid = grids.grid("digits", entrant) if entrant in entrants.SWEPT else [{}]
+    swept = {*grids.DIGITS, *grids.PEERS}
+    grid = grids.grid("digits", entrant) if entrant in swept else [grids.USUAL.get(entrant, {})]
     settings = grid[len(grid) // 2] | of_trainer
     whole = Run.create(tmp_path / "whole", config(entrant=entrant, settings=settings))
     train(whole, None)
@@ -141,29 +142,29 @@ def test_an_average_of_the_weights_gives_late_steps_more_and_forgets_the_start()
 
 
 def test_a_cosine_ends_at_nothing_and_the_average_is_what_is_read(tmp_path):
-    settings = {"lr": 0.1, "cosine": 1.0, "averaged": 8.0}
+    settings = {"lr": 0.1, "schedule": "cosine", "averaged": 8.0}
     trainer = Trainer(Run.create(tmp_path, config(entrant="sgd", settings=settings)), None)
     start = trainer.model.state_dict()["0.weight"].clone()
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    loss, _ = trainer.loss_and_error(trainer.averaged_model.module, trainer.data.train)
+    loss = trainer.task.evaluate(trainer.averaged_model.module).train_loss
     assert trainer.records[-1]["train_loss"] == pytest.approx(loss)
-    assert loss != trainer.loss_and_error(trainer.model, trainer.data.train)[0]
+    assert loss != trainer.task.evaluate(trainer.model).train_loss
     assert not start.equal(trainer.model.state_dict()["0.weight"])
 
 
 def test_any_torch_optimizer_races_by_its_dotted_name(tmp_path):
     names = [
-        "torch.optim.RMSprop:lr=1e-3,centered=true,cosine=1",
+        "torch.optim.RMSprop:lr=1e-3,centered=true,schedule=cosine",
         "torch.optim.LBFGS:lr=0.1,max_iter=2",
         "kfqn.KFLBFGS",
     ]
     result = here("race", "--optimizers", *names, *TINY, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    for label in ("RMSprop (lr 0.001, centered 1, cosine 1)", "LBFGS (lr 0.1, max_iter 2)", "KFLBFGS  "):
+    for label in ("RMSprop (lr 0.001, centered 1, cosine)", "LBFGS (lr 0.1, max_iter 2)", "KFLBFGS  "):
         assert label in result.stdout
     (run,) = (Run(f) for f in (tmp_path / "runs").iterdir() if f.name.startswith("torch.optim.RMSprop"))
-    assert run.config.settings == {"lr": 0.001, "centered": True, "cosine": 1}
+    assert run.config.settings == {"lr": 0.001, "centered": True, "schedule": "cosine"}
     trainer = Trainer(run, None)
     assert trainer.optimizer.defaults["centered"] is True
     assert trainer.optimizer.defaults["weight_decay"] == run.config.weight_decay
@@ -337,27 +338,33 @@ def test_wrong_use_from_the_command_line(tmp_path):
         here("race", "--optimizers", "kfbfgs:lr"),
         "kfbfgs takes lr=...,damping=... and, if you like, clip=...,",
         "warm=...,",
-        "cosine=...,averaged=..., got 'lr'",
+        "schedule=constant|cosine,warmup=...,floor=...,averaged=..., got 'lr'",
     )
     one_line(here("race", "--optimizers", "sgd:lr=fast"), "'lr=fast' is not of the form key=number")
     one_line(here("race", "--optimizers", "sgd:lr=-1"), "settings must be > 0 and finite, got 'lr=-1'")
-    one_line(here("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=... and, if you like, cosine=...,")
+    one_line(
+        here("race", "--optimizers", "sgd:lr=1,lr=2"), "sgd takes lr=... and, if you like, nesterov=...,"
+    )
     one_line(
         here("race", "--optimizers", "sgd:lr=1,averaged=-1", "--out", tmp_path / "new"),
         "averaged must be a power >= 0, got -1",
     )
     one_line(
-        here("race", "--optimizers", "sgd:lr=1,cosine=2", "--out", tmp_path / "new"),
-        "cosine must be 1, or 0 for none, got 2",
+        here("race", "--optimizers", "sgd:lr=1,schedule=linear", "--out", tmp_path / "new"),
+        "schedule must be constant or cosine, got 'linear'",
     )
-    one_line(
-        here("race", "--optimizers", "sgd:lr=1,cosine=1", "--budget", "5", "--out", tmp_path / "new"),
-        "cosine needs to know where it ends: give --epochs",
-    )
+    for setting, why in {
+        "schedule=cosine": "a cosine needs to know where it ends: give --epochs",
+        "warmup=0.1": "a warm-up by a share of the steps needs to know where it ends: give --epochs",
+        "warmup=1.5": "warmup must be a share of the steps below 1, or a number of them, got 1.5",
+        "floor=2": "floor must be a share, 0 to 1, got 2",
+    }.items():
+        race = ["race", "--optimizers", f"sgd:lr=1,{setting}", "--budget", "5", "--out", tmp_path / "new"]
+        one_line(here(*race), why)
     one_line(
         here("race", "--optimizers", "kfbfgs:lr=1"),
-        "interval=...,largest=...,warm=...,input=",
-        "cosine=...,averaged=..., got 'lr=1'",
+        "interval=...,largest=...,decay=...,warm=...,input=",
+        "schedule=constant|cosine,warmup=...,floor=...,averaged=..., got 'lr=1'",
     )
     one_line(
         here("race", "--optimizers", "kfac:lr=1,damping=1,momentum=1.5", "--out", tmp_path / "new"),
@@ -365,7 +372,7 @@ def test_wrong_use_from_the_command_line(tmp_path):
     )
     one_line(
         here("race", "--optimizers", "kfbfgs:auto:lr=1"),
-        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,warm=...,input=action|",
+        "kfbfgs:auto takes only damping=...,clip=...,interval=...,largest=...,decay=...,warm=...,input=",
     )
     one_line(here("race", "--optimizers", "kfac:lr=1,damping=1,pi"), "is not of the form key=number")
     one_line(here("race", "--seeds", "0"), "argument --seeds: must be a whole number >= 1, got '0'")

@@ -28,16 +28,16 @@ def paced(monkeypatch):
 
 
 def test_settings_that_are_words_are_read_kept_and_shown(paced, tmp_path):
-    texts = ["paced:pace=slow,lr=0.05", "paced:lr=0.05,pace=quick,cosine=1", "paced:lr=0.05"]
+    texts = ["paced:pace=slow,lr=0.05", "paced:lr=0.05,pace=quick,schedule=cosine", "paced:lr=0.05"]
     result = here("race", "--optimizers", *texts, *TINY, "--seeds", 1, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    for label in ("Paced (lr 0.05, pace slow)", "Paced (lr 0.05, pace quick, cosine 1)", "Paced (lr 0.05)"):
+    for label in ("Paced (lr 0.05, pace slow)", "Paced (lr 0.05, pace quick, cosine)", "Paced (lr 0.05)"):
         assert label in result.stdout
         assert label in (tmp_path / "race.html").read_text(encoding="utf-8")
     slow, quick = (Run(next((tmp_path / "runs").glob(f"*pace{pace}*"))) for pace in ("slow", "quick"))
     assert slow.folder.name.startswith("paced-lr0.05-paceslow-seed0-")
     assert json.loads((slow.folder / "config.json").read_text())["settings"] == {"lr": 0.05, "pace": "slow"}
-    assert quick.config.settings == {"lr": 0.05, "pace": "quick", "cosine": 1}
+    assert quick.config.settings == {"lr": 0.05, "pace": "quick", "schedule": "cosine"}
     assert {"lr": 0.05, "pace": "quick"} in paced
 
 
@@ -49,7 +49,7 @@ def test_a_word_that_is_none_of_the_choices_is_answered_with_them(paced):
     answer("paced:lr=1,pace=3", "pace must be slow or quick, got '3'")
     answer(
         "paced:lr=1,pase=slow",
-        "paced takes lr=... and, if you like, clip=...,pace=slow|quick,end=sharp|none,cosine=...,",
+        "paced takes lr=... and, if you like, clip=...,pace=slow|quick,end=sharp|none,schedule=",
         "got 'lr=1,pase=slow', did you mean pace?",
     )
     answer("paced:pace=slow", "paced takes lr=... and", "got 'pace=slow'")
@@ -108,7 +108,7 @@ def test_an_optimizer_is_asked_what_it_offers_and_not_which_class_it_is(monkeypa
     trainer = Trainer(run, None)
     assert trainer.needs_closure
     trainer.train()
-    assert len(trainer.optimizer.started) == trainer.steps == 2  # one epoch, before the clock runs
+    assert len(trainer.optimizer.started) == trainer.task.steps == 2  # one epoch, before the clock runs
     assert run.end()["warm_start_seconds"] > 0
     assert run.epochs()[0]["diagnostics"]["layer"] == {"steps": 2}
     plain = Run.create(tmp_path, config(entrant="sgd", settings={"lr": 0.05}, epochs=1))

@@ -37,9 +37,9 @@ def test_the_ranges_of_appendix_b2():
 
 
 def test_problems_that_are_not_the_papers_have_ranges_in_torchs_convention():
-    assert set(grids.OURS) == set(problems.PROBLEMS) - set(grids.TABLE_3)
+    assert set(grids.OURS) == set(problems.PROBLEMS) - set(grids.TABLE_3) - set(problems.DEVELOPMENT)
     assert all(set(ranges) == set(entrants.PAPER_FIELD) for ranges in grids.OURS.values())
-    assert set(grids.PEERS) == set(entrants.SWEPT) - set(entrants.PAPER_FIELD)
+    assert set(grids.PEERS) == set(entrants.SWEPT) - set(entrants.PAPER_FIELD) - {"lbfgs"}
     rates = [point["lr"] for point in grids.grid("cifar10-resnet20", "sgd")]
     assert min(rates) < 0.1 < max(rates)  # what He et al. (2016) took
     assert not any("beta2" in point for point in grids.grid("cifar10-resnet20", "adam"))
@@ -58,7 +58,7 @@ def test_table_3_lies_on_the_printed_ranges(problem):
 
 
 def test_everybody_can_get_as_many_points():
-    for name in entrants.SWEPT:
+    for name in (*grids.PRINTED, *grids.PEERS):
         whole, some = (grids.grid("cifar100-vgg16", name, max_points=most) for most in (None, 12))
         assert len(some) == min(12, len(whole))
         assert all(point in whole for point in some)
@@ -304,7 +304,7 @@ def test_the_committed_settings_are_the_best_of_the_committed_grid():
     assert set(sweeps) == set(grids.OURS)
     for name, entries in sweeps.items():
         problem, whole = problems.PROBLEMS[name], name.startswith("digits")
-        assert set(entries) == set(entrants.SWEPT if whole else entrants.PAPER_FIELD)
+        assert set(entries) == {*entrants.PAPER_FIELD, *(grids.PEERS if whole else ())}
         for entrant, entry in entries.items():
             for key in ("batch_size", "weight_decay", *(("width", "epochs") if whole else ())):
                 assert entry["scale"][key] == getattr(problem, key)

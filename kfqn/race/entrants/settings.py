@@ -14,8 +14,10 @@ def format_value(value: Any) -> str:
 
 
 def format_settings(settings: Settings) -> str:
-    """Settings as in a legend: "lr 30, damping 1"; empty without any."""
-    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items())
+    """Settings as in a legend: "lr 30, damping 1, cosine, warmup 0.05"; empty without any."""
+    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items()).replace(
+        "schedule ", ""
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

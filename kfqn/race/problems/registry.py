@@ -175,7 +175,7 @@ _BURGERS = Problem(
     data=_points,
     model=networks.solver,
     width=20,
-    epochs=20,
+    epochs=30,
     batch_size=2000,
     weight_decay=0.0,
     guess=Guess("u = 0", loss=0.25, error=1.0),

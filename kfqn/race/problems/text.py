@@ -81,7 +81,7 @@ def windows(text: Tensor, starts: Tensor) -> Tensor:
 def spread_windows(text: Tensor, count: int) -> Tensor:
     """So many windows, evenly spread and not overlapping; as many as there is room for."""
     count = max(1, min(count, (len(text) - 1) // CONTEXT))
-    return windows(text, torch.arange(count) * (len(text) - CONTEXT) // count)
+    return windows(text, torch.arange(count) * (len(text) - 1) // count)
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:
