@@ -1,5 +1,6 @@
 """The development set: what its problems are, how schedules and rivals are set, and races on each."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,8 +29,8 @@ CPU = torch.device("cpu")
 def of(problem, **changes):
     """A tiny run on a problem of the set."""
     known = PROBLEMS[problem]
-    values = {"problem": problem, "batch_size": known.batch_size, "width": 2 * known.heads, "epochs": 3}
-    return config(**values | {"train_size": 2 * known.batch_size, "evaluated": 20} | changes)
+    values = {"problem": problem, "batch_size": known.batch_size, "train_size": 2 * known.batch_size}
+    return config(**values | {"epochs": 3, "evaluated": 20} | changes)
 
 
 @pytest.fixture
@@ -274,13 +275,20 @@ def test_lbfgs_takes_no_weight_decay():
         ENTRANTS["lbfgs"].make(nn.Linear(1, 1), {"lr": 1.0}, 0.1)
 
 
-@pytest.mark.parametrize("entrant", ["kfbfgs:auto", "muon", "lbfgs"])
-@pytest.mark.parametrize("name", ["cifar10-small-vit", "char-gpt", "burgers"])
+@pytest.mark.parametrize(
+    ("name", "entrant"),
+    [
+        *itertools.product(("cifar10-small-vit", "char-gpt", "burgers"), ("kfbfgs:auto", "muon")),
+        ("burgers", "lbfgs"),
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, entrant, tmp_path, monkeypatch, short):
     """Windows are random, and resumed from the generator that the checkpoint holds."""
     data = write_toy_cifar(tmp_path / "cifar")
     schedule = dict(PROBLEMS[name].schedule) if entrant == "muon" else {}
-    values = of(name, entrant=entrant, settings=dict(grids.USUAL.get(entrant, {})) | schedule)
+    width = 8 if name == "burgers" else 2 * PROBLEMS[name].heads  # with 2 neurons factors start anew there
+    settings = dict(grids.USUAL.get(entrant, {})) | schedule
+    values = of(name, entrant=entrant, settings=settings, width=width)
     whole, cut = (Run.create(tmp_path / place, values) for place in ("whole", "cut"))
     train(whole, data)
     assert whole.end()["status"] == "finished", whole.end()
@@ -321,7 +329,7 @@ def test_a_race_shows_what_counts_on_its_problem_first(name, tmp_path, short):
     assert result.returncode == 0, result.stdout + result.stderr
     columns = COLUMNS.get(name, ["test error, %", "training loss", "test loss"])
     page = (tmp_path / "race.html").read_text(encoding="utf-8")
-    for shown in (result.stdout, page):
+    for shown in (result.stdout, page.partition("<thead>")[2]):
         places = [shown.index(heading) for heading in ("optimizer", *columns)]
         assert places == sorted(places)
     runs = [Run(folder) for folder in (tmp_path / "runs").iterdir()]

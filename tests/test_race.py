@@ -293,7 +293,7 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
     assert first.label == "KF-BFGS (lr 1)"
     assert (first.epochs_to_target, first.seconds_to_target) == ("2", "5.00")
     assert (second.epochs_to_target, second.seconds_to_target) == ("3", "7.00")
-    assert first.test_error == "1.00 ± 0.00"
+    assert first.quantities == ("0.02 ± 0", "1.00 ± 0.00")
     assert first.seconds == "6.5"
 
 

@@ -37,7 +37,7 @@ class Session:
         ``by`` is the record whose lowest value is shown meanwhile.
         """
         for name, settings in field:
-            check_settings(name, settings, scale.epochs)
+            check_settings(name, settings, scale.epochs, problem.weight_decay)
         check_writable(self.out)
         runs = [Run.create(self.out / "runs", config) for config in configs(problem, field, seeds, scale)]
         for run in runs:

@@ -105,7 +105,7 @@ def of_optimizer(settings: Settings) -> Settings:
     return {key: value for key, value in settings.items() if key not in OF_TRAINER}
 
 
-def check_settings(entrant: str, settings: Settings, epochs: int | None) -> None:
+def check_settings(entrant: str, settings: Settings, epochs: int | None, weight_decay: float) -> None:
     """Failure for settings that the optimizer or the trainer refuses, before anything is trained."""
     from torch import nn
 
@@ -114,7 +114,7 @@ def check_settings(entrant: str, settings: Settings, epochs: int | None) -> None
     _check_schedule(settings, epochs)
     try:
         small = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-        entrant_of(entrant).make(small, of_optimizer(settings), 0.0)
+        entrant_of(entrant).make(small, of_optimizer(settings), weight_decay)
     except ValueError as error:
         raise Failure(f"{entrant} cannot run with these settings: {error}") from error
 
