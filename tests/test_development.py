@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lab import config, here, one_line, without_clock, write_toy_cifar
+from test_documents import make
 from torch import nn
 
 from kfqn.race import entrants
@@ -351,6 +352,17 @@ def test_a_sweep_goes_by_what_counts_and_a_race_takes_what_it_found(tmp_path, sh
     assert entry["best"] == {key: lowest[key] for key in ("lr", "decay", "schedule", "warmup")}
     race = here("race", *scale, "--optimizers", "adamw", "--seeds", 1, "--out", tmp_path)
     assert "1 of 1 runs are done already" in race.stdout, race.stderr
+
+
+def test_a_race_becomes_a_file_and_a_section_with_what_counts(tmp_path, monkeypatch, short):
+    scale = ["--problem", "burgers", "--width", 4, "--train-size", 50, "--eval-size", 10, "--epochs", 2]
+    here("race", *scale, "--optimizers", "kfbfgs:auto:warm=1", "adamw", "--seeds", 1, "--out", tmp_path)
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+    file = make.collect(tmp_path, "equation", "")
+    assert "adamw:lr=0.003,decay=0,schedule=cosine,warmup=0.05" in json.loads(file.read_text())["command"]
+    section = "\n".join(make.section(make.read(file), ""))
+    assert "| optimizer | relative error | training loss | mean squared error | CPU s | to " in section
+    assert "| AdamW (lr 0.003, decay 0, cosine, warmup 0.05) | " in section
 
 
 def test_what_a_problem_cannot_do_is_refused_in_a_sentence(tmp_path):
