@@ -8,33 +8,10 @@ from torch import Tensor
 from kfqn.curvature.pairs import First
 from kfqn.parameters.layers import Layer
 from kfqn.passes.replay import Rewind
-from kfqn.steps.rule import Plan, StepRule
 
 
 def nothing() -> None:
     """Without a closure that is put back where a pass through the model starts."""
-
-
-@final
-@dataclass
-class Flight:
-    """A step that is taken, and to be judged by a second loss."""
-
-    plans: dict[StepRule, Plan] = field(default_factory=dict)
-    before: dict[Tensor, Tensor] = field(default_factory=dict)  # the parameters before the step
-    slopes: list[Tensor] = field(default_factory=list)  # without and with L2, and of everything
-    norms_W: dict[Layer, float] = field(default_factory=dict)  # ‖W‖ before
-    radial: list[Tensor] = field(default_factory=list)  # of `kfqn.steps.norms.radial_products`
-
-    @property
-    def judged(self) -> tuple[StepRule, Plan] | None:
-        """The rule that wants to know the losses, and its plan."""
-        return next(((rule, plan) for rule, plan in self.plans.items() if plan.judged), None)
-
-    def clear(self) -> None:
-        """Land: what was kept is let go."""
-        for kept in (self.plans, self.before, self.slopes, self.norms_W, self.radial):
-            kept.clear()
 
 
 @final
@@ -55,7 +32,6 @@ class StepContext:
     with_gradients: bool = False  # whether second passes can do with no less than the first
     broken: set[Layer] = field(default_factory=set)  # what has to start anew, but could not in the last step
     firsts: dict[Layer, First] = field(default_factory=dict)  # what waits for a second pass
-    flight: Flight = field(default_factory=Flight)
 
     def forget_starts(self) -> None:
         """Let go of copies of buffers."""
@@ -63,6 +39,5 @@ class StepContext:
         self.rewinds.clear()
 
     def begin(self) -> None:
-        """A step begins: nothing is known of its closure, and no other is in flight."""
+        """A step begins: nothing is known of its closure."""
         self.loss, self.rewind, self.since = None, nothing, 0
-        self.flight.clear()

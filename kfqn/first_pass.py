@@ -28,7 +28,7 @@ def run(training: Training, closure: Callable[[], Any] | None) -> Tensor | None:
     recorder, context = training.recorder, training.context
     before = recorder.ran or recorder.waiting
     recorder.ran, context.since = False, recorder.next_batch
-    if recorder.first is not None and training.second_pass_wanted():
+    if recorder.first is not None and training.curvature.repeats(training):
         devices = {layer.weight.device for layer in training.groups.layers}
         context.rewind = start_of(training.groups.model, devices)
     recorder.in_closure = True

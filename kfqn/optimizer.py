@@ -18,7 +18,7 @@ from kfqn.parts import Parts
 from kfqn.training import Curvature, Training, shapes_of
 from kfqn.weights import averaged_weights
 
-_DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": {"k": 0, "refused": 0, "drawn": 0}}
+_DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": {"k": 0, "refused": 0, "drawn": 0, "ahead": False}}
 _SAVED = ("_groups", "_curvature", "_parts", "_shard", "_error_if_nonfinite")
 
 
@@ -79,9 +79,9 @@ class Kronecker(torch.optim.Optimizer):
         """One step: a pass, the update of the weights, a second pass, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
-        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run twice (three times in
-        KFAC's first step without a warm start, and now and then to check losses that judge steps) and must
-        use the same batch every time; what else it must and may do: `kfqn.closure`. All runs but the first
+        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run again where H_G or Γ learns (three times in
+        KFAC's first step without a warm start) and must use
+        the same batch every time; what else it must and may do: `kfqn.closure`. All runs but the first
         leave no trace in the model (`kfqn.passes.replay`). Several forward passes, each followed by its
         backward pass, are micro-batches of one batch. A layer that the batch gives no gradient is left as it
         is, and of an empty batch all are.
@@ -98,7 +98,13 @@ class Kronecker(torch.optim.Optimizer):
         call shows it, weights and state are then as before. If the second fails, the step is taken but
         nothing is learnt from it.
         """
-        training = self.training
+        try:
+            return self._step(self.training, closure)
+        finally:
+            self.training.iterates.fall_back()
+
+    def _step(self, training: Training, closure: Callable[[], Tensor | None] | None) -> Tensor | None:
+        """Algorithm 2."""
         loss = first_pass.run(training, closure)  # line 5
         if first_pass.was_empty(training):
             update.step_of_fallback(training, self._error_if_nonfinite)
@@ -107,22 +113,14 @@ class Kronecker(torch.optim.Optimizer):
         records, layers = first_pass.collect(training, closure)  # line 6: DW is in .grad
         missing, signs = training.states.missing(layers), first_pass.signs(training, loss, layers)
         proposals, told = update.propose(training, [] if missing else layers, signs=signs)  # lines 7 and 8
-        f0 = told[1] if loss is not None else None
-        valid = first_pass.is_valid(training, told[0], loss, layers, self._error_if_nonfinite)
-        if training.went_wrong(valid, f0):
-            proposals.clear()  # what takes their place are steps back
-            update.undo(training)
-            valid = False
-        if not valid:
+        if not first_pass.is_valid(training, told[0], loss, layers, self._error_if_nonfinite):
             training.record_next()
             return loss
         if missing:
             starts.start_from(training, missing, records, closure)  # line 2
             proposals, _ = update.propose(training, layers)
-        training.observe(f0)
-        due = training.is_due
         proposals = starts.with_sound_factors(training, proposals, records, closure)
-        update.take(training, layers, proposals, due)  # line 9
+        update.take(training, layers, proposals)  # line 9
         try:
             moved = {layer: records[layer] for layer in layers if layer in records}
             if moved or (training.ranks.size > 1 and training.recorder.first):  # others may have seen layers
@@ -160,21 +158,22 @@ class Kronecker(torch.optim.Optimizer):
                     again.loss.backward()
 
         The pass leaves no trace in the model (`kfqn.passes.replay`); dropout draws the masks of the first.
-        Micro-batches are run again in the same order. ``loss`` and ``again.loss`` are the losses of the whole
-        batch in either pass, of micro-batches their sum; only an automatic step size needs them.
-        ``loss_scale`` is the factor that both passes' losses were multiplied with before ``backward``, that
-        of a `GradScaler`, whose ``update`` then comes after; ``loss`` and ``again.loss`` are without it.
+        Micro-batches are run again in the same order. ``loss_scale`` is the factor that both passes' losses
+        were multiplied with before ``backward``, that of a `GradScaler`, whose ``update`` then comes after.
+        ``loss`` and ``again.loss`` need not be told; they are there for logging.
 
-        No parameter requires a gradient inside and ``.grad`` stays None; where only the loss is wanted, as
-        mostly with an automatic step size, ``backward`` computes nothing. `torch.autograd.grad` with respect
+        No parameter requires a gradient inside and ``.grad`` stays None. `torch.autograd.grad` with respect
         to anything else works as ever. A loss that needs gradients of parameters has them, at the
         price of a first pass, with ``gradients=True``; they are dropped afterwards.
 
         Where the step was refused, or skipped by a `GradScaler`, nothing is learnt. Raises RuntimeError if
-        no step was taken before, nothing ran inside, or a loss that is needed is missing.
+        no step was taken before, or nothing ran inside.
         """
-        with second_pass.again(self.training, loss, loss_scale, gradients) as handle:
-            yield handle
+        try:
+            with second_pass.again(self.training, loss_scale, gradients) as handle:
+                yield handle
+        finally:
+            self.training.iterates.fall_back()
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any]) -> None:
@@ -201,10 +200,7 @@ class Kronecker(torch.optim.Optimizer):
         smallest; 0 for a method without). Now: the Frobenius norm of every factor. The entry ``""`` has
         ``refused``, how many steps were refused because a loss or gradient was not finite.
 
-        With an automatic rate ``""`` also has ``rejected``, how many steps were taken back; ``rate``, α;
-        ``plateau factor``, what halvings have left of the steps that are found; ``judging``, 1 while losses
-        decide on steps and 0 where they cannot; and ``ratio``, of what losses change by to what the
-        gradients that were stepped with say.
+        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move by.
         """
         return diagnostics.report(self.training)
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass, fields, replace
 from typing import final
 
 from kfqn.curvature.damping import AbsoluteDamping, Damping, RelativeDamping
-from kfqn.curvature.input_factor import HessianActionBFGS, InputFactor
-from kfqn.curvature.output_factor import BFGS, OutputFactor
+from kfqn.curvature.input_factor import AveragedRoot, HessianActionBFGS, InputFactor
+from kfqn.curvature.output_factor import BFGS, NoOutputFactor, OutputFactor
 from kfqn.parameters.groups import Group
-from kfqn.steps.automatic import Automatic
 from kfqn.steps.average import Averaged, GradientAverage, Nesterov
-from kfqn.steps.cadence import BothTogether, Cadence, InputsOftener
+from kfqn.steps.cadence import Cadence, Regular, YoungOften
 from kfqn.steps.direction import Direction, Orthogonalised, Plain
+from kfqn.steps.relative import RelativeSteps
 from kfqn.steps.rule import FixedRate, StepRule
+from kfqn.steps.weight_average import Latest, PolynomialAverage, WeightAverage
 
 _KINDS: dict[str, type] = {
     "input": InputFactor,
@@ -22,6 +23,7 @@ _KINDS: dict[str, type] = {
     "direction": Direction,
     "steps": StepRule,
     "cadence": Cadence,
+    "weights": WeightAverage,
 }
 
 
@@ -32,8 +34,8 @@ class Parts:
 
     ``input`` and ``output`` are the factors H_A and H_G, ``damping`` what is added to both; ``curved_only``
     says that pairs with sᵀy ≤ 0 are left out, and not damped; ``average`` is what directions are taken of,
-    and ``direction`` what becomes of them; ``steps`` says how long they are, and ``cadence`` when the factors
-    learn.
+    and ``direction`` what becomes of them; ``steps`` says how long they are, ``cadence`` when the factors
+    learn, and ``weights`` which average of its weights the model holds between steps.
     """
 
     input: InputFactor | None = None
@@ -44,6 +46,7 @@ class Parts:
     direction: Direction | None = None
     steps: StepRule | None = None
     cadence: Cadence | None = None
+    weights: WeightAverage | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError for what is no part of its kind, or cannot be compared."""
@@ -82,6 +85,7 @@ class Chosen:
     direction: Direction
     steps: StepRule
     cadence: Cadence
+    weights: WeightAverage
 
 
 def chosen(parts: Parts, group: Group) -> Chosen:
@@ -91,14 +95,15 @@ def chosen(parts: Parts, group: Group) -> Chosen:
     """
     automatic, relative = group.get("automatic", False), group.get("relative", False)
     usual = Chosen(
-        input=HessianActionBFGS(),
-        output=BFGS(),
+        input=AveragedRoot() if automatic else HessianActionBFGS(),
+        output=NoOutputFactor() if automatic else BFGS(),
         damping=RelativeDamping() if relative else AbsoluteDamping(),
         curved_only=automatic,
         average=Nesterov() if automatic else Averaged(),
         direction=Orthogonalised() if automatic else Plain(),
-        steps=Automatic() if automatic else FixedRate(),
-        cadence=InputsOftener() if automatic else BothTogether(),
+        steps=RelativeSteps() if automatic else FixedRate(),
+        cadence=Regular() if automatic else YoungOften(),
+        weights=PolynomialAverage() if automatic else Latest(),
     )
     given = {f.name: part for f in fields(parts) if (part := getattr(parts, f.name)) is not None}
     return replace(usual, **given)

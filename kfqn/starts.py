@@ -44,7 +44,7 @@ def warm_start(training: Training, batches: Iterable[Any]) -> None:
         note(group, k=0)
     for rule, members in training.rules:
         for member in members:
-            note(member.group, **rule.kept())  # what it has found was of other factors
+            note(member.group, **rule.kept())
     training.recorder.record_first(training.full_spec())
 
 
@@ -103,11 +103,6 @@ def _reset(training: Training, layers: Sequence[Layer], records: Records, closur
                     states.enter(layer, states.of(layer) | kept)
                     states.count(layer, {"resets": 1})
                 broken.discard(layer)
-    spec = training.recorder.first
-    shown = spec is not None and spec.h is not None
-    for layer in layers:
-        group, cadence = groups.of(layer), training.of(layer).cadence
-        note(group, k=min(group["progress"]["k"], cadence.after_reset(shown and layer not in broken)))
     training.warn(
         f"the factors of {layers[0]} were no longer finite and positive and start anew; this is said "
         "once, and diagnostics() counts how often it happens.",

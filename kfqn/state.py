@@ -15,7 +15,7 @@ from kfqn.parameters.layers import Layer
 from kfqn.runtime.ranks import Ranks
 
 EMPTY = -1.0  # ``step`` of a state that is all zeros because nothing has been seen yet
-NOTES = ("step", "counts", "last")  # in a layer's state beside its tensors
+NOTES = ("step", "counts", "last", "ahead")  # in a layer's state beside its tensors
 
 
 @final

@@ -1,6 +1,7 @@
 """What a step works on: layers, parts, processes, passes, the step in flight; and who learns curvature."""
 
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from kfqn.context import StepContext
 from kfqn.curvature.damping import Shapes
 from kfqn.curvature.pairs import ReducedInput
 from kfqn.formulas.inputs import Inputs
+from kfqn.iterates import Iterates
 from kfqn.parameters.groups import Group, Groups, State, note
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.schedules import FactorCheck
@@ -47,8 +49,10 @@ class Training:
         )
         self.ranks, self.graphs, self.context = self.states.ranks, Graphs(), StepContext()
         self.factors, self.warned = FactorCheck(), warned
+        self.iterates = Iterates(groups)
         self.refresh()
-        self.recorder = Recorder(groups.model, groups.layers, self.full_spec())
+        ahead = weakref.WeakMethod(self.iterates.go_ahead)
+        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), ahead)
 
     def refresh(self) -> None:
         """After groups have changed."""
@@ -59,17 +63,16 @@ class Training:
             (rule, self._members(rule))
             for rule in dict.fromkeys(parts.steps for parts in self.chosen.values())
         ]
-
         for rule, members in self.rules:
             for member in members:
                 note(member.group, **(rule.kept() | member.group["progress"]))
+        self.iterates.use({place: parts.weights for place, parts in self.chosen.items()})
 
     def _members(self, rule: StepRule) -> Members:
         return [
             Member(
                 self.groups.param_groups[place],
                 [layer for layer, own in self.groups.places.items() if own == place],
-                parts.average,
             )
             for place, parts in self.chosen.items()
             if parts.steps == rule
@@ -81,12 +84,8 @@ class Training:
 
     def rates(self) -> dict[int, float]:
         """α of every group of layers, by its place."""
-        rates = {
-            id(member.group): rule.rate(members, member.group)
-            for rule, members in self.rules
-            for member in members
-        }
-        return {place: rates[id(self.groups.param_groups[place])] for place in self.chosen}
+        groups = self.groups.param_groups
+        return {place: parts.steps.rate(groups[place]) for place, parts in self.chosen.items()}
 
     def inputs(self, layer: Layer) -> Inputs:
         """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""
@@ -96,40 +95,15 @@ class Training:
         """Whether H_A of a group learns from the next step, or the one so many steps ``back``."""
         group, cadence = self.groups.param_groups[place], self.chosen[place].cadence
         k = group["progress"]["k"] - back
-        return cadence.inputs(k, group.get("curvature_interval", 1), self.trial_forced)
+        return cadence.is_due(k, group.get("curvature_interval", 1))
 
     def pairs_due(self, place: int, back: int = 0) -> bool:
         """The same of H_G."""
-        group, parts = self.groups.param_groups[place], self.chosen[place]
-        k = group["progress"]["k"] - back
-        due = parts.cadence.pairs(k, group["curvature_interval"], self.trial_forced)
-        return due and parts.output.learns and self.second_pass_wanted(parts.steps)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether any group learns from the next step."""
-        return any(self.inputs_due(place) for place in self.chosen)
+        return self.chosen[place].output.learns and self.inputs_due(place, back)
 
     def record_next(self) -> None:
         """From here on the next first pass is recorded, as far as anything is to be learnt from it."""
         self.recorder.record_first(self.curvature.next_spec(self))
-
-    @property
-    def trial_forced(self) -> bool:
-        """Whether the next step is judged whatever the cadence."""
-        return any(rule.forces_trial(members) for rule, members in self.rules)
-
-    def second_pass_wanted(self, steps: StepRule | None = None) -> bool:
-        """Whether a second pass is of use to some step rule, or this one."""
-        asked = [pair for pair in self.rules if steps is None or pair[0] == steps]
-        return any(rule.wants_second_pass(members) for rule, members in asked)
-
-    def observe(self, loss: float | None) -> None:
-        """Tell every rule the loss of a batch whose step is taken, if it is known."""
-        if loss is None:
-            return
-        for rule, members in self.rules:
-            with_complaints(self, rule, members, partial(rule.observe, members, loss))
 
     def full_spec(self) -> PassSpec:
         """All that may have to be kept of a first pass."""
@@ -151,12 +125,6 @@ class Training:
         self.context.stepped = False
         self.context.used_once.clear()
         self.context.firsts.clear()
-        self.context.flight.clear()
-
-    def went_wrong(self, valid: bool, loss: float | None) -> bool:
-        """Whether a batch shows that the last step is to be taken back."""
-        found = [rule.went_wrong(members, valid, loss) for rule, members in self.rules]
-        return any(found)  # all are asked
 
     def warn(self, message: str, key: str = "") -> None:
         """Say it once; with a key, once whatever the message."""
@@ -187,7 +155,8 @@ class Training:
 class Curvature(ABC):
     """What passes are run to learn curvature, what layers start from, and what directions are made of.
 
-    It has no state of its own: factors are in the layers' states, the step in flight in ``training.context``.
+    It has no state of its own: factors are in the layers' states, what is known of a step in
+    ``training.context``.
     """
 
     counted: tuple[str, ...]  # what a layer's ``counts`` counts
@@ -207,6 +176,10 @@ class Curvature(ABC):
     @abstractmethod
     def next_spec(self, training: Training) -> PassSpec | None:
         """What is to be kept of the next first pass, if anything is to be learnt from it."""
+
+    @abstractmethod
+    def repeats(self, training: Training) -> bool:
+        """Whether the batch of the next step is run again after it."""
 
     @abstractmethod
     def reduce(self, training: Training, record: LayerRecord, a: Tensor) -> ReducedInput | None:
@@ -240,16 +213,6 @@ class Curvature(ABC):
 def shapes_of(curvature: Curvature, parts: Parts, layer: Layer, group: Group) -> Shapes:
     """The shape of every tensor in the state of a layer with these settings."""
     return curvature.shapes(layer, group, chosen(parts, group))
-
-
-def with_complaints(training: Training, rule: StepRule, members: Members, ask: Callable[[], Any]) -> Any:
-    """Ask a rule something, and say what it complains of if it does so now for the first time."""
-    before = rule.complaint(members)
-    answer = ask()
-    after = rule.complaint(members)
-    if after != before:
-        training.warn(after)
-    return answer
 
 
 def mean_moments(

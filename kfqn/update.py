@@ -5,37 +5,33 @@ Directions are asked for before anything is read: `propose` waits for the device
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kfqn import first_pass
-from kfqn.parameters.groups import Group, State, lasting, note
+from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2
 from kfqn.state import full_precision
-from kfqn.steps.rule import Plan, Proposal
+from kfqn.steps.rule import Proposal
 from kfqn.training import Training
-from kfqn.trial import measure
-
-Average = Callable[[Layer, Sequence[Tensor], State, Group], Tensor]
 
 _SMALL = 2**16  # numbers in the weights that are worked on together
 
 
 def propose(
-    training: Training, layers: Iterable[Layer], average: Average | None = None, signs: Tensor | None = None
+    training: Training, layers: Iterable[Layer], signs: Tensor | None = None
 ) -> tuple[dict[Layer, Proposal], list[float]]:
     """The steps of these layers before they are taken; P is empty where the factors are elsewhere (line 8).
 
-    ``average`` tells what the directions are taken of, if not of the part of that name. With ``signs`` also
-    their means over the processes, read with the rest.
+    With ``signs`` also their means over the processes, read with the rest.
     """
     states, ranks = training.states, training.ranks
     directions = {layer: layer.empty() for layer in layers}
     own: dict[Layer | None, Tensor] = {} if signs is None else {None: signs}
-    for layer, P, norms in _directions(training, [*filter(states.owns, directions)], average):
+    for layer, P, norms in _directions(training, [*filter(states.owns, directions)]):
         directions[layer], own[layer] = P, norms
     if not own and ranks.size == 1:
         return {}, []
@@ -61,12 +57,10 @@ def proposal(
     rounding = math.sqrt(torch.finfo(layer.dtype).eps) * norm * norm_DW
     length, limit = norm_W + rate * norm, torch.finfo(layer.weight.dtype).max
     is_valid = math.isfinite(slope) and slope >= -rounding and length < limit
-    return Proposal(P, slope, norm, norm_W, max(norm_W, 0.1 * math.sqrt(layer.outputs)), is_valid)
+    return Proposal(P, slope, norm, norm_W, is_valid)
 
 
-def _directions(
-    training: Training, layers: Sequence[Layer], average: Average | None
-) -> Iterable[tuple[Layer, Tensor, Tensor]]:
+def _directions(training: Training, layers: Sequence[Layer]) -> Iterable[tuple[Layer, Tensor, Tensor]]:
     """P of every layer, with ⟨P, D̂W⟩, ‖P‖, ‖D̂W‖ and the norms of its parameters as one tensor."""
     places, states = training.groups.places, [training.states.of(layer) for layer in layers]
     groups = {place: lasting(training.groups.param_groups[place]) for place in training.chosen}
@@ -76,17 +70,14 @@ def _directions(
         rest, results = iter(given), []
         for some in _small_together(layers):
             own = {layer: [*itertools.islice(rest, len(gradients[layer]))] for layer in some}
-            results += _of_some(training, {x: groups[places[x]] for x in some}, own, average)
+            results += _of_some(training, {x: groups[places[x]] for x in some}, own)
         return results
 
     given = [*itertools.chain(*gradients.values())]
     with full_precision(training.groups.layers):
-        if average is not None:  # a rare step back
-            found: Sequence[Tensor] = of(given)
-        else:
-            kept = [x for layer in layers for x in layer.parameters()]
-            kept += [x for state in states for x in state.values()]
-            found = training.graphs.run("directions", of, given, kept, (layers, groups))
+        kept = [x for layer in layers for x in layer.parameters()]
+        kept += [x for state in states for x in state.values()]
+        found = training.graphs.run("directions", of, given, kept, (layers, groups))
     return zip(layers, found[::2], found[1::2], strict=True)
 
 
@@ -94,13 +85,12 @@ def _of_some(
     training: Training,
     groups: Mapping[Layer, Group],
     gradients: Mapping[Layer, Sequence[Tensor]],
-    average: Average | None,
 ) -> list[Tensor]:
     """P and norms of each of these layers, in turn (lines 7 and 8)."""
     averages, directions, results = {}, {}, []
     for layer, group in groups.items():
         state = training.states.of(layer)
-        averages[layer] = (average or training.of(layer).average.of)(layer, gradients[layer], state, group)
+        averages[layer] = training.of(layer).average.of(layer, gradients[layer], state, group)
         directions[layer] = training.curvature.direction(training, averages[layer], layer)
     alike: dict[object, list[Layer]] = {}
     for layer, group in groups.items():
@@ -131,20 +121,17 @@ def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield some
 
 
-def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, Proposal], due: bool) -> None:
-    """W ← W − α P for every layer (line 9), and the step of the fallback; the rules say how much of P.
-
-    ``due`` says that a second pass follows.
-    """
-    groups, flight = training.groups, training.context.flight
+def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, Proposal]) -> None:
+    """W ← W − α P for every layer (line 9), and the step of the fallback; the rules say how much of P."""
+    groups = training.groups
     training.states.forget_lengths({*groups.layers} - {*layers})
+    shares: dict[Layer, float] = {}
     for rule, members in training.rules:
-        flight.plans[rule] = rule.plan(members, proposals, due)
-    judged = flight.judged
+        rule.begin(members)
+        shares |= rule.shares(members, proposals)
     for group in groups.own():
         note(group, k=group["progress"]["k"] + bool(layers))
     keep_averages(training, [layer for layer in layers if training.states.owns(layer)])
-    shares = {layer: share for plan in flight.plans.values() for layer, share in plan.shares.items()}
     rates = training.rates()
     for layer, own in proposals.items():
         _apply(training, layer, own, rates[groups.places[layer]], shares[layer])
@@ -152,15 +139,24 @@ def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, 
         training,
         {x: rates[groups.places[x]] * shares[x] * own.norm for x, own in proposals.items()},
     )
-    if groups.fallback is not None:
-        if judged is not None:
-            moving = [p for of in groups.fallback.param_groups for p in of["params"] if p.grad is not None]
-            flight.before.update({p: p.clone() for p in moving})
-        groups.fallback.step()
-    for rule, members in training.rules:
-        rule.taken(members, flight.plans[rule], {x: own.norm_W for x, own in proposals.items()})
-    if judged is not None:
-        measure(training, judged[0], proposals)
+    _step_fallback(training)
+    training.iterates.stepped = True
+
+
+def _step_fallback(training: Training) -> None:
+    """The step of the parameters without factors, by what the rule of the layers makes of their rate."""
+    fallback, place = training.groups.fallback, min(training.chosen)
+    if fallback is None:
+        return
+    scale = training.chosen[place].steps.scale(training.groups.param_groups[place])
+    rates = [group["lr"] for group in fallback.param_groups]
+    for group in fallback.param_groups:
+        group["lr"] = scale * group["lr"]
+    try:
+        fallback.step()
+    finally:
+        for group, rate in zip(fallback.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def step_of_fallback(training: Training, raises: bool) -> None:
@@ -172,6 +168,7 @@ def step_of_fallback(training: Training, raises: bool) -> None:
         finite = float(first_pass.signs(training, None, []))
         if first_pass.is_valid(training, finite, None, [], raises):
             fallback.step()
+            training.iterates.stepped = True
 
 
 def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
@@ -186,8 +183,8 @@ def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
 
 
 def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: float) -> None:
-    """W ← (1 − decay) W − α P of one layer; of a judged step P is then where W is kept."""
-    group, parts, flight, P = training.groups.of(layer), training.of(layer), training.context.flight, own.P
+    """W ← (1 − decay) W − α P of one layer."""
+    group, parts, P = training.groups.of(layer), training.of(layer), own.P
     momentum = parts.average.momentum(group)
     if not training.states.owns(layer):
         P = layer.W()
@@ -195,20 +192,9 @@ def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: 
         P = training.states.of(layer)["DW"].mul_(momentum).add_(P, alpha=share)
     P = P.contiguous()
     training.ranks.send(P, training.states.owners.get(layer))
-    W = layer.W() if flight.judged is not None else None
-    shrinking = _shrinking(training, layer, flight.plans[parts.steps])
-    if shrinking:
-        layer.shrink_(shrinking, group["bias_decay"])
+    if group["weight_decay"] and group["decoupled_weight_decay"]:
+        layer.shrink_(rate * group["weight_decay"], group["bias_decay"])
     layer.add_(P, -rate if momentum else -rate * share)
-    if W is not None:
-        flight.before.update(layer.parts(W if momentum else P.copy_(W)))
-
-
-def _shrinking(training: Training, layer: Layer, plan: Plan) -> float:
-    """The share of W that decoupled weight decay takes."""
-    group, rule = training.groups.of(layer), training.of(layer).steps
-    decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-    return rule.decay_rate(dict(training.rules)[rule], group, plan) * decay if decay else 0.0
 
 
 def _note_steps(training: Training, norms: Mapping[Layer, float]) -> None:
@@ -220,24 +206,3 @@ def _note_steps(training: Training, norms: Mapping[Layer, float]) -> None:
         last = [training.states.of(layer)["last"][0] for layer in own]
         torch._foreach_zero_(last)
         torch._foreach_add_(last, [norms[layer] for layer in own])
-
-
-def undo(training: Training) -> None:
-    """Take back the last step, from which nothing has been learnt, as if D̂W had been its gradient.
-
-    What the last batch itself added to the direction is not known any more, so a third to a half of the
-    step stays. The parameters of the fallback stay as they are.
-    """
-    training.context.stepped = False
-    states, missing = training.states, {*training.states.missing(training.groups.layers)}
-    kept = [layer for layer in training.groups.layers if training.of(layer).average.keeps]
-    layers = [layer for layer in kept if layer not in missing]
-    proposals, _ = propose(training, layers, lambda layer, gradients, state, group: state["DW"])
-    for layer, own in proposals.items():
-        P = layer.W()
-        if states.owns(layer):
-            taken = states.of(layer)["last"][0]
-            P = (own.P * (taken / own.norm) if own.norm > 0 else own.P).contiguous()
-            taken.zero_()
-        training.ranks.send(P, states.owners.get(layer))
-        layer.add_(P, alpha=1.0)

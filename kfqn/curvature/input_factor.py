@@ -3,6 +3,7 @@
 Line numbers are of Algorithm 2 unless another is named.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -14,9 +15,13 @@ from kfqn.curvature.damping import Shapes
 from kfqn.formulas.inputs import Inputs
 from kfqn.formulas.rows import Rows
 from kfqn.formulas.secant import bfgs_update_, matvec
-from kfqn.formulas.statistics import damped_inverse, second_moment, second_moment_matvec
+from kfqn.formulas.statistics import damped_inverse, damped_root, second_moment, second_moment_matvec
 from kfqn.parameters.groups import State
 from kfqn.parameters.layers import Layer
+
+
+REMEMBERED = 0.95  # of A is left at each mini-batch that is learnt from
+ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken
 
 
 class InputFactor(ABC):
@@ -128,19 +133,11 @@ class BatchInverse(InputFactor):
         self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
     ) -> tuple[Rows, Tensor]:
         used = [
-            self._inverted_(state, A, own) for state, A, own in self._each(states, responses, s, lambda_A)
+            self._inverted_(state, A, own)
+            for state, A, own in each_with_damping(states, responses, s, lambda_A)
         ]
         rows = Rows([(1,)] * len(states))
         return rows, torch.tensor(used, device=s[0].device)[:, None]
-
-    def _each(
-        self, states: list[State], As: list[Tensor], s: list[Tensor], lambda_A: float | Tensor
-    ) -> list[tuple[State, Tensor, float | Tensor]]:
-        """Every layer with its A and its own λ_A, (*g, 1) where that is not one number for all."""
-        if not isinstance(lambda_A, Tensor):
-            return [(state, A, lambda_A) for state, A in zip(states, As, strict=True)]
-        own = Rows([(*x.shape[:-1], 1) for x in s]).part(lambda_A)
-        return [*zip(states, As, own, strict=True)]
 
     def _inverted_(self, state: State, A: Tensor, lambda_A: float | Tensor) -> bool:
         try:
@@ -148,6 +145,50 @@ class BatchInverse(InputFactor):
         except ValueError:  # inputs too large for a second moment
             return False
         return True
+
+
+@final
+@dataclass(frozen=True)
+class AveragedRoot(InputFactor):
+    """H_A = (A + λ_A I)^(−½), of A averaged over the mini-batches that are learnt from (M1).
+
+    A mini-batch's own A is taken of every n-th datum, so that there are still ten times as many a_t as A has
+    rows. One that is not finite is left out.
+    """
+
+    reads = True
+
+    def shapes(self, inputs: Inputs) -> Shapes:
+        return dict.fromkeys(("A", "H_A"), (*inputs.groups, inputs.columns, inputs.columns))
+
+    def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
+        return {"A": A.clone(), "H_A": root_factor(layer, A, lambda_A)}
+
+    def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
+        return inputs.times(DW, state["H_A"])
+
+    def query(self, mean_a: Tensor, state: State) -> Tensor:
+        return mean_a  # nothing is asked with it: A itself is wanted
+
+    def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
+        vectors = len(a) * math.prod(inputs.locations(a))
+        every = max(1, min(len(a), vectors // (ENOUGH * inputs.columns)))
+        return second_moment(inputs, a[::every])
+
+    def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (*inputs.groups, inputs.columns, inputs.columns)
+
+    def learn_(
+        self, states: list[State], s: list[Tensor], responses: list[Tensor], lambda_A: float | Tensor
+    ) -> tuple[Rows, Tensor]:
+        used = []
+        for state, A, own in each_with_damping(states, responses, s, lambda_A):
+            used.append(bool(A.isfinite().all()))
+            if used[-1]:
+                state["A"].lerp_(A, 1 - REMEMBERED)
+                state["H_A"].copy_(damped_root(state["A"], own))
+        rows = Rows([(1,)] * len(states))
+        return rows, torch.tensor(used, device=s[0].device)[:, None]
 
 
 @final
@@ -191,3 +232,23 @@ def inverse_factor(layer: Layer, A: Tensor, damping: float | Tensor, name: str) 
             f"{layer} has no {name}, because {error}: look for NaN, infinite or huge values in what comes "
             "into it."
         ) from None
+
+
+def root_factor(layer: Layer, A: Tensor, lambda_A: float | Tensor) -> Tensor:
+    """(A + λ_A I)^(−½); ValueError, naming the layer, if A is not finite."""
+    if not A.isfinite().all():
+        raise ValueError(
+            f"{layer} has no H_A, because the second moment of its inputs is not finite: look for NaN, infinite "
+            "or huge values in what comes into it."
+        )
+    return damped_root(A, lambda_A)
+
+
+def each_with_damping(
+    states: list[State], As: list[Tensor], s: list[Tensor], lambda_A: float | Tensor
+) -> list[tuple[State, Tensor, float | Tensor]]:
+    """Every layer with its A and its own λ_A, (*g, 1) where that is not one number for all."""
+    if not isinstance(lambda_A, Tensor):
+        return [(state, A, lambda_A) for state, A in zip(states, As, strict=True)]
+    own = Rows([(*x.shape[:-1], 1) for x in s]).part(lambda_A)
+    return [*zip(states, As, own, strict=True)]

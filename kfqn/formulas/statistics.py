@@ -65,6 +65,13 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
     return torch.cholesky_inverse(factor).to(A.dtype)
 
 
+def damped_root(A: Tensor, damping: float | Tensor) -> Tensor:
+    """(A + λ_A I)^(−½) for a positive semi-definite A that is finite (M1); ``damping`` is a number or (*g, 1)."""
+    values, vectors = torch.linalg.eigh(A)
+    scaled = vectors * (values.clamp(min=0) + damping).rsqrt()[..., None, :]
+    return scaled @ vectors.mT
+
+
 def mean_preactivation(h: Tensor) -> Tensor:
     """h̄ = E_n[1/|T| Σ_t h_t(n)], (*g, I), the mean that eq. (10) subtracts; ``h`` is (m, *g, I, |T|)."""
     return _mean(h, 1 / len(h))

@@ -61,6 +61,9 @@ class Fisher(Curvature):
     def next_spec(self, training: Training) -> PassSpec | None:
         return self.full_spec(training)
 
+    def repeats(self, training: Training) -> bool:
+        return True
+
     def reduce(self, training: Training, record: LayerRecord, a: Tensor) -> ReducedInput | None:
         return None
 

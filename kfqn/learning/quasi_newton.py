@@ -6,7 +6,6 @@ Line numbers are of Algorithm 2; Algorithm 3 has the same loop.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -23,7 +22,7 @@ from kfqn.formulas.statistics import (
 )
 from kfqn.learning.queries import first_statistics, paired
 from kfqn.learning.secants import learn_from
-from kfqn.learning.second_pass import check_losses, closure_pass
+from kfqn.learning.second_pass import closure_pass
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
 from kfqn.parts import Chosen
@@ -31,7 +30,8 @@ from kfqn.passes.record import LayerRecord
 from kfqn.passes.replay import unmoved_buffers
 from kfqn.passes.spec import PassSpec, nothing_of
 from kfqn.state import full_precision
-from kfqn.training import Curvature, Moments, Records, Training, with_complaints
+from kfqn.steps.rule import NO_SECOND_PASS
+from kfqn.training import Curvature, Moments, Records, Training
 
 SPEC = PassSpec(inputs=True, h=mean_preactivation, Dh=mean_preactivation_gradient)
 
@@ -65,11 +65,13 @@ class QuasiNewton(Curvature):
     def full_spec(self, training: Training) -> PassSpec:
         return replace(SPEC, reduced=weakref.WeakMethod(training.reduce))
 
+    def repeats(self, training: Training) -> bool:
+        return any(training.pairs_due(place) for place in training.chosen)
+
     def next_spec(self, training: Training) -> PassSpec | None:
-        places = training.chosen
-        if any(training.pairs_due(place) for place in places):
+        if self.repeats(training):
             return self.full_spec(training)
-        due = any(training.inputs_due(place) for place in places)
+        due = any(training.inputs_due(place) for place in training.chosen)
         if due or training.states.missing(training.groups.layers):
             return replace(self.full_spec(training), h=None, Dh=nothing_of)  # H_A alone learns from it
         return None
@@ -147,7 +149,7 @@ class QuasiNewton(Curvature):
             if layer not in context.broken and training.inputs_due(places[layer], back=1)
         }
         if context.firsts and closure is None:
-            _missed(training)
+            training.warn(NO_SECOND_PASS)
         firsts = context.firsts
         with full_precision(training.groups.layers):
             found = first_statistics(training, due, paired(training))  # lines 12 and 13
@@ -156,22 +158,13 @@ class QuasiNewton(Curvature):
         _keep_starts(training, due, closure)
         for record in due.values():
             record.let_go()
-        if closure is not None and firsts:
-            check_losses(training, closure)
-        if firsts and not _is_wanted(training):
+        if firsts and not any(first.h_Dh for first in firsts.values()):
             alone = dict(firsts)
             firsts.clear()
             with full_precision(training.groups.layers):
                 learn_from(training, alone, {}, 1.0)  # of H_A, line 14
         elif closure is not None and firsts:
             closure_pass(training, closure)  # lines 10 to 18
-
-
-def _is_wanted(training: Training) -> bool:
-    """Whether there is more to be learnt than the first pass has shown of H_A."""
-    context = training.context
-    pairs = any(first.h_Dh for first in context.firsts.values())
-    return training.second_pass_wanted() and (context.flight.judged is not None or pairs)
 
 
 def _keep_starts(training: Training, records: Records, closure: Any) -> None:
@@ -181,13 +174,3 @@ def _keep_starts(training: Training, records: Records, closure: Any) -> None:
         starts.clear()
     in_turn = sorted(starts, key=lambda start: start[0])
     training.context.rewinds[:] = [rewind for _, rewind in in_turn]
-
-
-def _missed(training: Training) -> None:
-    """step() was called again, and nobody has run the second pass of the last step."""
-    said = [
-        with_complaints(training, rule, members, partial(rule.missed, members))
-        for rule, members in training.rules
-    ]
-    if all(said):
-        training.warn(said[0])

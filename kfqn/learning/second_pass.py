@@ -10,10 +10,9 @@ from torch import Tensor
 
 from kfqn.learning.secants import learn_from
 from kfqn.passes.replay import second_pass
-from kfqn.passes.spec import LOSS_ALONE, LOSS_WITHOUT_GRADIENTS, PassSpec
+from kfqn.passes.spec import PassSpec
 from kfqn.state import full_precision, unsynchronised
 from kfqn.training import Training
-from kfqn.trial import check_told, judging, on_the_way, stays
 
 _NO_GRADIENTS = (
     "This happened in a second pass, where parameters require no gradient and .grad is None: leave out what "
@@ -30,9 +29,7 @@ class Handle:
 
 
 @contextlib.contextmanager
-def again(
-    training: Training, loss: Tensor | float | None, loss_scale: float, gradients: bool
-) -> Iterator[Handle]:
+def again(training: Training, loss_scale: float, gradients: bool) -> Iterator[Handle]:
     """See `Kronecker.second_pass`."""
     context, recorder, handle = training.context, training.recorder, Handle()
     if not context.stepped and not recorder.waiting and not recorder.ran:
@@ -40,19 +37,15 @@ def again(
             "second_pass learns from the step just taken, but there was none since the last: call "
             f"{training.groups.name}.step() first."
         )
-    if context.firsts:
-        check_told(training, loss)
     firsts = dict(context.firsts)
     context.firsts.clear()
     context.stepped = recorder.ran = False
-    pairs = any(first.h_Dh for first in firsts.values())
     frozen = not (gradients or context.with_gradients)
     with (
-        on_the_way(training),
         second_pass(training.groups.model, context.rewind, frozen=frozen),
         torch.enable_grad(),
         unsynchronised(recorder.data_parallel),
-        recorder.recording(_spec(training, pairs, frozen), context.rewinds) as records,
+        recorder.recording(_spec(training, frozen), context.rewinds) as records,
     ):
         try:
             yield handle
@@ -62,22 +55,19 @@ def again(
             raise
         ran = recorder.ran
     context.forget_starts()
-    if firsts and not (records if pairs else ran) and training.ranks.size == 1:
+    if firsts and not records and training.ranks.size == 1:
         done = "computed no gradient" if ran else "ran no layer"
         raise RuntimeError(
             f"the second pass {done}, so the step was taken without learning from it: it must do "
             "the same as the first, in a closure as in second_pass()."
         )
     with torch.no_grad(), full_precision(training.groups.layers):
-        if stays(training, loss, handle.loss):
-            learn_from(training, firsts, records, float(loss_scale))
+        learn_from(training, firsts, records, float(loss_scale))
 
 
-def _spec(training: Training, pairs: bool, frozen: bool) -> PassSpec:
-    """What is kept of the pass: h̄ and Dh̄ for pairs; else the loss alone is wanted."""
-    if pairs or not frozen:
-        return replace(training.curvature.full_spec(training), reduced=None, inputs=False, frozen=frozen)
-    return LOSS_ALONE if training.recorder.differentiated else LOSS_WITHOUT_GRADIENTS
+def _spec(training: Training, frozen: bool) -> PassSpec:
+    """h̄ and Dh̄ are kept of the pass."""
+    return replace(training.curvature.full_spec(training), reduced=None, inputs=False, frozen=frozen)
 
 
 def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
@@ -90,7 +80,7 @@ def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
     firsts = dict(context.firsts)
     with_pairs = [layer for layer, first in firsts.items() if first.h_Dh]
     try:
-        with again(training, context.loss, 1.0, gradients=False) as handle:
+        with again(training, 1.0, gradients=False) as handle:
             handle.loss = closure()
             if not context.with_gradients and training.recorder.misses(with_pairs):
                 raise RuntimeError(_NO_GRADIENTS)
@@ -100,17 +90,6 @@ def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
             raise
         context.stepped = True
         context.firsts.update(firsts)
-        with again(training, context.loss, 1.0, gradients=True) as handle:
+        with again(training, 1.0, gradients=True) as handle:
             handle.loss = closure()
         context.with_gradients = True
-
-
-def check_losses(training: Training, closure: Callable[[], Any]) -> None:
-    """Run the closure as often as is needed before the second pass to know what its losses are worth."""
-    context = training.context
-    firsts, rewind = dict(context.firsts), context.rewind
-    while judging(training) is not None and context.flight.judged and context.flight.judged[1].at < 1:
-        context.firsts.clear()
-        closure_pass(training, closure)
-        context.stepped, context.rewind = True, rewind
-        context.firsts.update(firsts)

@@ -14,16 +14,15 @@ from torch.autograd import forward_ad
 Arrive = Callable[[Tensor], None]
 
 
-def gated(h: Tensor, arrive: Arrive | None = None, *, cut: bool = False) -> Tensor:
+def gated(h: Tensor, arrive: Arrive) -> Tensor:
     """``h`` in its own memory, behind a gate; the root of a graph where there is none.
 
-    A backward pass for everything ends there, or gives ``arrive`` its gradient and goes on. With ``cut`` no
-    other goes through either, and autograd forgets what was before.
+    A backward pass for everything gives ``arrive`` its gradient there, and goes on.
     """
     root = torch.zeros((), requires_grad=True)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(h).tangent is not None:
         return _with_tangent(h, root, arrive)
-    passed: Tensor = _Gate.apply(h.detach() if cut else h, root, arrive)  # type: ignore[no-untyped-call]
+    passed: Tensor = _Gate.apply(h, root, arrive)  # type: ignore[no-untyped-call]
     return passed
 
 
@@ -42,10 +41,8 @@ def _reaches(node: Any, itself: bool) -> bool:
         return itself
 
 
-def _with_tangent(h: Tensor, root: Tensor, arrive: Arrive | None) -> Tensor:
+def _with_tangent(h: Tensor, root: Tensor, arrive: Arrive) -> Tensor:
     """The same for a tensor of forward mode, whose tangent a gate would lose: nothing ends here."""
-    if arrive is None:
-        return h if h.requires_grad else h.add_(root.to(h))
     h = h.add_(root.to(h))
 
     def told(gradient: Tensor) -> None:
@@ -61,7 +58,7 @@ class _Gate(torch.autograd.Function):
     """Identity; backwards for those only who do not ask for everything, as ``backward`` does for ``root``."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, root: Tensor, arrive: Arrive | None) -> Tensor:
+    def forward(ctx: Any, h: Tensor, root: Tensor, arrive: Arrive) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.root, ctx.arrive = torch.autograd.graph.get_gradient_edge(root).node, arrive
         return h.data  # not h: what comes next may overwrite it, whoever has saved h
@@ -71,8 +68,6 @@ class _Gate(torch.autograd.Function):
         gradient = gradients[0]
         if not _reaches(ctx.root, itself=False):
             return gradient, None, None
-        if ctx.arrive is None:
-            return None, None, None
         if gradient is not None:
             ctx.arrive(gradient)
         return gradient, None, None

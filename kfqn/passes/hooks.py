@@ -14,6 +14,9 @@ from kfqn.parameters.layers import Layer
 class Recording(Protocol):
     """Who is told."""
 
+    def ahead(self) -> None:
+        """A training pass through a module begins."""
+
     def start(self, model: nn.Module) -> None:
         """A pass through the whole model begins."""
 
@@ -87,6 +90,18 @@ class Start(Hook):
         recorder = self.recorder()
         if recorder is not None:
             recorder.start(module)
+
+
+@final
+class Ahead(Hook):
+    """Before the forward of a module with parameters; nothing that a compiler would have to trace."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.ahead()
 
 
 @final

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
 from kfqn.passes.gate import Arrive, gated, is_for
-from kfqn.passes.hooks import Observe, Start, noticed_by_compiled_code
+from kfqn.passes.hooks import Ahead, Observe, Start, noticed_by_compiled_code
 from kfqn.passes.record import Call, LayerRecord
 from kfqn.passes.replay import Rewind, start_of
 from kfqn.passes.spec import InputReduction, PassSpec, Reduction, nothing_of
@@ -41,10 +41,11 @@ class Recorder:
     """
 
     in_closure = False  # whether passes are those of a closure, which starts as a whole
-    differentiated = False  # whether gradients of something else than weights were ever asked for
     blind = ""  # why a layer that ran since the last step was not seen, a sentence
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], first: PassSpec) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, ahead: weakref.WeakMethod[Any]
+    ) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
         noticed_by_compiled_code()
         self.record_first(first)
@@ -53,9 +54,12 @@ class Recorder:
         self._replay: Iterator[Rewind] = iter(())
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
-        hook = Start(self)
+        self._ahead = ahead
+        before, hook = Ahead(self), Start(self)
+        owners = [m for m in model.modules() if m is model or any(True for _ in m.parameters(recurse=False))]
+        before.handles += [m.register_forward_pre_hook(before) for m in owners]
         hook.handles.append(model.register_forward_pre_hook(hook))
-        self._handles += hook.handles
+        self._handles += before.handles + hook.handles
         self.forget()
         self.add(layers)
 
@@ -127,6 +131,12 @@ class Recorder:
             self._spec, self.recorded, self._token, self._batch, self._arrived, self.ran = outside
             self._replay = iter(())
 
+    def ahead(self) -> None:
+        """A training pass through a module begins."""
+        ahead = self._ahead()
+        if ahead is not None and not (torch._C._are_functorch_transforms_active() or torch._C._is_tracing()):
+            ahead()
+
     def start(self, model: nn.Module) -> None:
         """A pass through the whole model begins."""
         if not torch.is_grad_enabled() or self._spec is None:
@@ -136,7 +146,7 @@ class Recorder:
         self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if self._spec is not self.first:
             next(self._replay, _nothing)()
-        elif not self.in_closure:
+        elif not self.in_closure and self._spec.h is not None:
             devices = {layer.weight.device for layer in self._open}
             self._start = next(self._numbers), start_of(model, devices)
 
@@ -153,8 +163,6 @@ class Recorder:
             return None
         if spec is not None and spec is not self.first:
             self.ran = True
-        if spec is not None and spec.gated:
-            return gated(h, cut=spec.cut) if with_gradients else None
         if with_gradients != (spec is None or spec.Dh is not None):
             self._hidden.add(layer)
             return None
@@ -207,7 +215,6 @@ class Recorder:
             if is_for(layer.weight, itself=not torch.is_grad_enabled()):
                 arrive(gradient)
                 return
-            self.differentiated = True
             nonlocal aside
             if not aside and call.Dh is None and call.wrong is None:
                 self._aside.setdefault(layer, LayerRecord(layer)).calls.append(replace(call, Dh=zero()))

@@ -21,8 +21,7 @@ class PassSpec:
     With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``. ``frozen`` says
     that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``reduced``
     says what to keep instead of an input when its gradient arrives, given what was recorded of the layer so
-    far; with None it is kept itself. With ``gated`` nothing is kept, and no backward pass goes through a
-    layer; with ``cut`` neither does `torch.autograd.grad`, and autograd does not know what was before.
+    far; with None it is kept itself.
     """
 
     inputs: bool
@@ -30,14 +29,8 @@ class PassSpec:
     Dh: Reduction | None = None
     frozen: bool = False
     reduced: InputReduction | None = None
-    gated: bool = False
-    cut: bool = False
 
 
 def nothing_of(x: Tensor) -> Tensor:
     """Zero, for a `PassSpec` that asks which gradients arrive, and not what they are."""
     return x.new_zeros(())
-
-
-LOSS_ALONE = PassSpec(inputs=False, frozen=True, gated=True)
-LOSS_WITHOUT_GRADIENTS = PassSpec(inputs=False, frozen=True, gated=True, cut=True)

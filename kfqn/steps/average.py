@@ -32,10 +32,6 @@ class GradientAverage(ABC):
     def momentum(self, group: Group) -> float:
         """What share of the last step is taken again, after clipping; if any, ``DW`` keeps the steps."""
 
-    @abstractmethod
-    def weight(self, group: Group, steps: int) -> float:
-        """What the weights in D̂W sum up to at the step after ``steps``; averages start from zero."""
-
 
 @final
 @dataclass(frozen=True)
@@ -54,9 +50,6 @@ class Averaged(GradientAverage):
     def momentum(self, group: Group) -> float:
         return 0.0
 
-    def weight(self, group: Group, steps: int) -> float:
-        return 1 - momentum(group) ** (steps + 1)
-
 
 @final
 @dataclass(frozen=True)
@@ -74,9 +67,6 @@ class Nesterov(GradientAverage):
     def momentum(self, group: Group) -> float:
         return 0.0
 
-    def weight(self, group: Group, steps: int) -> float:
-        return 1 - momentum(group) ** (steps + 2)
-
 
 @final
 @dataclass(frozen=True)
@@ -93,9 +83,6 @@ class NoAverage(GradientAverage):
 
     def momentum(self, group: Group) -> float:
         return 0.0
-
-    def weight(self, group: Group, steps: int) -> float:
-        return 1.0
 
 
 @final
@@ -115,6 +102,3 @@ class HeavyBall(GradientAverage):
 
     def momentum(self, group: Group) -> float:
         return float(group["momentum"] or 0.0)
-
-    def weight(self, group: Group, steps: int) -> float:
-        return 1.0 if group["momentum"] else 1 - group["beta"] ** (steps + 1)

@@ -1,4 +1,4 @@
-"""Which steps factors learn from (M17): young ones from many, old ones from each ``curvature_interval``-th.
+"""Which steps factors learn from: young ones from many, old ones from each ``curvature_interval``-th.
 
 Without learning at every one of the first steps young factors meet bold steps, and settings that are good at
 every step diverge. Between, weights move with H_A and H_G as they are, and there is one pass, unrecorded.
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import final
 
 _PART = 10  # the gap between steps that are learnt from is so manyth a part of those so far
-_PAIRS = 10  # the least gap between steps that H_G learns from, where others are judged
 
 
 def gap(k: int, interval: int) -> int:
@@ -22,61 +21,30 @@ def gap(k: int, interval: int) -> int:
     return min(interval, share // digits * digits)
 
 
-def pair_gap(k: int, interval: int) -> int:
-    """The same for steps from which H_G learns too, where the first ones are judged for their length."""
-    return min(interval, max(_PAIRS, gap(k, interval)))
-
-
 class Cadence(ABC):
-    """Whether step k, counted from 0, is learnt from; ``trial`` says that it is judged whatever k."""
+    """When factors learn."""
 
     @abstractmethod
-    def inputs(self, k: int, interval: int, trial: bool) -> bool:
-        """Whether H_A learns from it."""
-
-    @abstractmethod
-    def pairs(self, k: int, interval: int, trial: bool) -> bool:
-        """Whether H_G learns from it."""
-
-    @abstractmethod
-    def after_reset(self, pairs: bool) -> int:
-        """k of the step that starts factors anew, and shows pairs of them or not."""
+    def is_due(self, k: int, interval: int) -> bool:
+        """Whether they learn from step k, counted from 0."""
 
 
 @final
 @dataclass(frozen=True)
-class BothTogether(Cadence):
-    """Both factors learn at once: at every step with an ``interval`` of 1, as in the paper."""
+class YoungOften(Cadence):
+    """At gaps that grow with the steps: at every step with an ``interval`` of 1, as in the paper."""
 
-    def inputs(self, k: int, interval: int, trial: bool) -> bool:
-        return trial or k % gap(k, interval) == 0
-
-    def pairs(self, k: int, interval: int, trial: bool) -> bool:
-        return trial or k % gap(k, interval) == 0
-
-    def after_reset(self, pairs: bool) -> int:
-        return 0
+    def is_due(self, k: int, interval: int) -> bool:
+        return k % gap(k, interval) == 0
 
 
-def is_met(k: int, gap: int) -> bool:
-    """Whether step k is one of those that are ``gap`` steps apart, each third time one more.
+@final
+@dataclass(frozen=True)
+class Regular(Cadence):
+    """At every ``interval``-th step, each third time one later (M3).
 
     Tasks or batches that take turns in a period of their own are all met then, and not one of them each time.
     """
-    third = 3 * gap + 1
-    return gap == 1 or k % third in (0, gap, 2 * gap)
 
-
-@final
-@dataclass(frozen=True)
-class InputsOftener(Cadence):
-    """H_A learns oftener than H_G at first: what it asks for is the first pass, which is there anyway."""
-
-    def inputs(self, k: int, interval: int, trial: bool) -> bool:
-        return trial or is_met(k, gap(k, interval)) or is_met(k, pair_gap(k, interval))
-
-    def pairs(self, k: int, interval: int, trial: bool) -> bool:
-        return is_met(k, pair_gap(k, interval))
-
-    def after_reset(self, pairs: bool) -> int:
-        return 0 if pairs else -1  # then the next step is the first
+    def is_due(self, k: int, interval: int) -> bool:
+        return interval == 1 or k % (3 * interval + 1) in (0, interval, 2 * interval)

@@ -1,0 +1,90 @@
+"""Two sets of weights: z, which a training pass and its step see, and their average x, which all others see.
+
+Between steps the model holds x, so that whoever evaluates, saves or copies it has the average, and nobody has
+to switch anything. z is put in its place when a training pass begins: one with gradients, of a module in
+training mode (`kfqn.passes.hooks.Ahead`); x is back when the step has been taken. Where no such pass was seen
+before a step, its gradients are those of x, and there is no other.
+
+``state[p]["ahead"]`` is z − x while the model holds x, and x while it holds z, as ``ahead`` in a group's
+progress says. So what is done to the weights between steps is done to both.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kfqn.parameters.groups import Group, Groups, note
+from kfqn.steps.weight_average import WeightAverage
+
+KEY = "ahead"
+
+
+@final
+class Iterates:
+    """z and x of every parameter; ``rules`` are the averages by the place of a group of layers."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups, self.rules = groups, dict[int, WeightAverage]()
+        self.stepped = False  # whether a step has been taken since x was put back
+
+    def use(self, rules: Mapping[int, WeightAverage]) -> None:
+        """Average by these rules."""
+        self.rules = {place: rule for place, rule in rules.items() if rule.averages}
+
+    @torch.no_grad()
+    def go_ahead(self) -> None:
+        """A training pass begins: put z in the model."""
+        for place, group in self._groups():
+            weights, kept = self._kept(place)
+            if weights and not group["progress"][KEY]:
+                note(group, ahead=True)
+                torch._foreach_add_(weights, kept)
+                torch._foreach_sub_(kept, weights)
+                torch._foreach_neg_(kept)  # x
+
+    @torch.no_grad()
+    def fall_back(self) -> None:
+        """Put x back in the model, and have it follow z if a step has been taken."""
+        stepped, self.stepped = self.stepped, False
+        for place, group in self._groups():
+            weights, kept = self._kept(place)
+            if weights and group["progress"][KEY]:
+                share = self.rules[place].share(group, max(int(group["progress"]["k"]), 1)) if stepped else 0.0
+                torch._foreach_lerp_(kept, weights, share)
+                torch._foreach_sub_(kept, weights)
+                torch._foreach_add_(weights, kept)
+                torch._foreach_neg_(kept)  # z − x
+            elif weights and stepped:
+                torch._foreach_zero_(kept)
+            note(group, ahead=False)
+            if stepped:
+                self._begin(place)
+
+    def _groups(self) -> Iterator[tuple[int, Group]]:
+        for place in self.rules:
+            yield place, self.groups.param_groups[place]
+
+    def _weights(self, place: int) -> list[Tensor]:
+        """The parameters of a group; of the first also those without factors."""
+        places = [place, *(self.groups.fallback_places if place == min(self.rules) else ())]
+        return [p for at in places for p in self.groups.param_groups[at]["params"]]
+
+    def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights of which something is kept, and what."""
+        state = self.groups.state
+        weights = [p for p in self._weights(place) if KEY in state.get(p, {})]
+        return weights, [state[p][KEY] for p in weights]
+
+    def _begin(self, place: int) -> None:
+        """From the first step of a parameter on something is kept of it: z = x at first.
+
+        Not of one in half precision, whose average would be lost in rounding, nor of one with sparse
+        gradients, most of which does not move.
+        """
+        state = self.groups.state
+        for p in self._weights(place):
+            dense = p.grad is not None and not p.grad.is_sparse
+            if dense and state.get(p) and KEY not in state[p] and p.element_size() >= 4:
+                state[p][KEY] = torch.zeros_like(p)
