@@ -51,8 +51,8 @@ class Iterates:
         for place, group in self._groups():
             weights, kept = self._kept(place)
             if weights and group["progress"][KEY]:
-                share = self.rules[place].share(group, max(int(group["progress"]["k"]), 1)) if stepped else 0.0
-                torch._foreach_lerp_(kept, weights, share)
+                k = max(int(group["progress"]["k"]), 1)
+                torch._foreach_lerp_(kept, weights, self.rules[place].share(group, k) if stepped else 0.0)
                 torch._foreach_sub_(kept, weights)
                 torch._foreach_add_(weights, kept)
                 torch._foreach_neg_(kept)  # z − x

@@ -18,7 +18,8 @@ from kfqn.parts import Parts
 from kfqn.training import Curvature, Training, shapes_of
 from kfqn.weights import averaged_weights
 
-_DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": {"k": 0, "refused": 0, "drawn": 0, "ahead": False}}
+_PROGRESS = {"k": 0, "refused": 0, "drawn": 0, "ahead": False}
+_DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": _PROGRESS}
 _SAVED = ("_groups", "_curvature", "_parts", "_shard", "_error_if_nonfinite")
 
 
@@ -79,9 +80,9 @@ class Kronecker(torch.optim.Optimizer):
         """One step: a pass, the update of the weights, a second pass, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
-        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run again where H_G or Γ learns (three times in
-        KFAC's first step without a warm start) and must use
-        the same batch every time; what else it must and may do: `kfqn.closure`. All runs but the first
+        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run again where H_G or Γ
+        learns (three times in KFAC's first step without a warm start), and must use the same batch every
+        time; what else it must and may do: `kfqn.closure`. All runs but the first
         leave no trace in the model (`kfqn.passes.replay`). Several forward passes, each followed by its
         backward pass, are micro-batches of one batch. A layer that the batch gives no gradient is left as it
         is, and of an empty batch all are.
@@ -200,7 +201,7 @@ class Kronecker(torch.optim.Optimizer):
         smallest; 0 for a method without). Now: the Frobenius norm of every factor. The entry ``""`` has
         ``refused``, how many steps were refused because a loss or gradient was not finite.
 
-        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move by.
+        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move.
         """
         return diagnostics.report(self.training)
 

@@ -19,7 +19,6 @@ from kfqn.formulas.statistics import damped_inverse, damped_root, second_moment,
 from kfqn.parameters.groups import State
 from kfqn.parameters.layers import Layer
 
-
 REMEMBERED = 0.95  # of A is left at each mini-batch that is learnt from
 ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken
 
@@ -238,8 +237,8 @@ def root_factor(layer: Layer, A: Tensor, lambda_A: float | Tensor) -> Tensor:
     """(A + λ_A I)^(−½); ValueError, naming the layer, if A is not finite."""
     if not A.isfinite().all():
         raise ValueError(
-            f"{layer} has no H_A, because the second moment of its inputs is not finite: look for NaN, infinite "
-            "or huge values in what comes into it."
+            f"{layer} has no H_A, because the second moment of its inputs is not finite: look for NaN, "
+            "infinite or huge values in what comes into it."
         )
     return damped_root(A, lambda_A)
 

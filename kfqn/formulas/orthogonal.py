@@ -5,9 +5,9 @@ largest; one along U Vᵀ goes along all of them alike, as Shampoo's without ave
 Singer 2018), and Muon's (Jordan et al. 2024).
 
 U Vᵀ = (P Pᵀ)^(−½) P is approached by four polynomials x ↦ a x + b x³ + c x⁵, applied to all singular values
-at once. They bring those from a two-hundredth of the largest on to within 0.917 and 1.083, as in Polar Express
-(Amsel et al. 2025). Smaller ones stay smaller: they are noise and rounding. All is done with P Pᵀ, which is
-small where P is wide.
+at once. They bring those from a two-hundredth of the largest on to within 0.917 and 1.083, as in Polar
+Express (Amsel et al. 2025). Smaller ones stay smaller: they are noise and rounding. All is done with P Pᵀ,
+which is small where P is wide.
 """
 
 import math

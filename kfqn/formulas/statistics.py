@@ -66,10 +66,10 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
 
 def damped_root(A: Tensor, damping: float | Tensor) -> Tensor:
-    """(A + λ_A I)^(−½) for a positive semi-definite A that is finite (M1); ``damping`` is a number or (*g, 1)."""
+    """(A + λ_A I)^(−½) for a positive semi-definite, finite A; ``damping`` is a number or (*g, 1) (M1)."""
     values, vectors = torch.linalg.eigh(A)
-    scaled = vectors * (values.clamp(min=0) + damping).rsqrt()[..., None, :]
-    return scaled @ vectors.mT
+    root: Tensor = (vectors * (values.clamp(min=0) + damping).rsqrt()[..., None, :]) @ vectors.mT
+    return root
 
 
 def mean_preactivation(h: Tensor) -> Tensor:

@@ -43,9 +43,7 @@ class Recorder:
     in_closure = False  # whether passes are those of a closure, which starts as a whole
     blind = ""  # why a layer that ran since the last step was not seen, a sentence
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, ahead: weakref.WeakMethod[Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, ahead: Any = None) -> None:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
         noticed_by_compiled_code()
         self.record_first(first)
@@ -133,7 +131,7 @@ class Recorder:
 
     def ahead(self) -> None:
         """A training pass through a module begins."""
-        ahead = self._ahead()
+        ahead = self._ahead() if self._ahead is not None else None
         if ahead is not None and not (torch._C._are_functorch_transforms_active() or torch._C._is_tracing()):
             ahead()
 

@@ -1,4 +1,4 @@
-"""``lr="auto"``: every layer moves by one share of a usual initialisation's norm, and by less later (M4), (M5).
+"""``lr="auto"``: every layer moves by a share of a usual initialisation's norm, less later (M4), (M5).
 
 Nothing is found, and no loss is asked for: directions are orthogonalised, so that neither the scale of the
 loss nor that of the gradient says how far to go. What is left is the noise of batches, which a share that

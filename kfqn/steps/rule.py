@@ -33,7 +33,7 @@ Members = Sequence[Member]
 
 
 class Proposal(NamedTuple):
-    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, ‖W‖, and whether they can be those of a positive H."""
+    """A layer's step before it is taken: P, ⟨P, D̂W⟩, ‖P‖, ‖W‖, and whether a positive H can have made it."""
 
     P: Tensor
     slope: float

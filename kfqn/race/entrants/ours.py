@@ -17,31 +17,34 @@ AUTOMATIC_OPTIONS = ("damping", *OPTIONS)
 
 
 PARTS = {  # words for parts, where they are not to be those that settings choose
-    "input": ("action", "inverse", "none"),
+    "input": ("action", "inverse", "root", "none"),
     "output": ("bfgs", "none"),
     "pairs": ("all", "curved"),
     "average": ("ema", "nesterov", "none"),
     "direction": ("plain", "orthogonal"),
-    "cadence": ("together", "oftener"),
+    "cadence": ("young", "regular"),
+    "weights": ("latest", "average"),
 }
 
 
 def parts(settings: Settings) -> "Parts":
     """The parts that settings name."""
-    from kfqn.curvature.input_factor import BatchInverse, HessianActionBFGS, NoInputFactor
+    from kfqn.curvature.input_factor import AveragedRoot, BatchInverse, HessianActionBFGS, NoInputFactor
     from kfqn.curvature.output_factor import BFGS, NoOutputFactor
     from kfqn.parts import Parts
     from kfqn.steps.average import Averaged, Nesterov, NoAverage
-    from kfqn.steps.cadence import BothTogether, InputsOftener
+    from kfqn.steps.cadence import Regular, YoungOften
     from kfqn.steps.direction import Orthogonalised, Plain
+    from kfqn.steps.weight_average import Latest, PolynomialAverage
 
     made: Mapping[str, Sequence[Any]] = {  # in the order of `PARTS`
-        "input": (HessianActionBFGS(), BatchInverse(), NoInputFactor()),
+        "input": (HessianActionBFGS(), BatchInverse(), AveragedRoot(), NoInputFactor()),
         "output": (BFGS(), NoOutputFactor()),
         "pairs": (False, True),
         "average": (Averaged(), Nesterov(), NoAverage()),
         "direction": (Plain(), Orthogonalised()),
-        "cadence": (BothTogether(), InputsOftener()),
+        "cadence": (YoungOften(), Regular()),
+        "weights": (Latest(), PolynomialAverage()),
     }
     named = {"pairs": "curved_only"}
     chosen = {key: made[key][PARTS[key].index(settings[key])] for key in PARTS if key in settings}
