@@ -22,20 +22,21 @@ POWER = 1 / 3  # with which power of the steps it falls
 @final
 @dataclass(frozen=True)
 class RelativeSteps(StepRule):
-    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (100/k)^⅓), whatever ‖P‖.
+    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖.
 
     ``lr`` of a group is a factor, 1 unless a scheduler changes it. From the first step at which it is lower
-    than at the one before, the schedule is in charge, and the last factor (100/k)^⅓ stays: ``fall`` in the
+    than at the one before, the schedule is in charge, and the last factor (held/k)^⅓ stays: ``fall`` in the
     group's progress, with ``steps``, ``last_lr`` and whether a schedule is ``scheduled``.
     """
 
     share: float = SHARE
+    held: float = HELD
 
     def begin(self, members: Members) -> None:
         for group, _ in members:
             progress, lr = group["progress"], float(group["lr"])
             k, scheduled = progress["steps"] + 1, progress["scheduled"] or lr < progress["last_lr"]
-            fall = progress["fall"] if scheduled else min(1.0, (HELD / k) ** POWER)
+            fall = progress["fall"] if scheduled else min(1.0, (self.held / k) ** POWER)
             note(group, steps=k, fall=fall, last_lr=lr, scheduled=scheduled)
 
     def rate(self, group: Group) -> float:

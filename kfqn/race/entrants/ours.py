@@ -1,5 +1,6 @@
 """Our optimizers, and KFAC as we have it, from settings of the command line."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ PARTS = {  # words for parts, where they are not to be those that settings choos
     "average": ("ema", "nesterov", "none"),
     "direction": ("plain", "orthogonal"),
     "cadence": ("young", "regular"),
+    "steps": ("falling", "constant"),
     "weights": ("latest", "average"),
 }
 
@@ -35,6 +37,7 @@ def parts(settings: Settings) -> "Parts":
     from kfqn.steps.average import Averaged, Nesterov, NoAverage
     from kfqn.steps.cadence import Regular, YoungOften
     from kfqn.steps.direction import Orthogonalised, Plain
+    from kfqn.steps.relative import RelativeSteps
     from kfqn.steps.weight_average import Latest, PolynomialAverage
 
     made: Mapping[str, Sequence[Any]] = {  # in the order of `PARTS`
@@ -44,6 +47,7 @@ def parts(settings: Settings) -> "Parts":
         "average": (Averaged(), Nesterov(), NoAverage()),
         "direction": (Plain(), Orthogonalised()),
         "cadence": (YoungOften(), Regular()),
+        "steps": (RelativeSteps(), RelativeSteps(held=math.inf)),
         "weights": (Latest(), PolynomialAverage()),
     }
     named = {"pairs": "curved_only"}
