@@ -61,7 +61,7 @@ class KFBFGS(Kronecker):
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step. With a number for ``lr`` factors learn more often at first: at each of the first
+            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number for ``lr`` factors learn more often at first: at each of the first
             20 steps, then at gaps of about a tenth of the steps so far. 1 is the paper's method to the letter.
             With an automatic one every third gap is one step longer (`kfqn.steps.cadence`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
@@ -101,7 +101,7 @@ class KFBFGS(Kronecker):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
-        curvature_interval: int = 10,
+        curvature_interval: int | Literal["auto"] = "auto",
         max_factor_size: int | Literal["auto"] | None = "auto",
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,
@@ -157,7 +157,7 @@ class KFLBFGS(Kronecker):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
-        curvature_interval: int = 10,
+        curvature_interval: int | Literal["auto"] = "auto",
         max_factor_size: int | Literal["auto"] | None = "auto",
         groups: Sequence[Mapping[str, Any]] = (),
         others: Others = adamw,

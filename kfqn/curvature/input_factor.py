@@ -19,7 +19,7 @@ from kfqn.formulas.statistics import damped_inverse, damped_root, second_moment,
 from kfqn.parameters.groups import State
 from kfqn.parameters.layers import Layer
 
-REMEMBERED = 0.95  # of A is left at each mini-batch that is learnt from
+REMEMBERED = 0.8  # of A is left at each mini-batch that is learnt from
 ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken
 
 

@@ -19,6 +19,13 @@ _UNSET = ("clip", "max_factor_size", "momentum")  # may be None
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
 _LARGEST = 256  # rows of a factor, where none are given with an automatic one
+_INTERVAL, _LONG_INTERVAL = 10, 40  # steps between those that are learnt from: of the paper's, and of ours
+_FLAGS = {
+    "lr": "automatic",
+    "damping": "relative",
+    "max_factor_size": "bounded",
+    "curvature_interval": "spaced",
+}
 
 
 def checked_settings(**settings: Any) -> dict[str, Any]:
@@ -42,33 +49,35 @@ def checked_settings(**settings: Any) -> dict[str, Any]:
 
 
 def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What is "auto" of ``lr``, ``damping`` and ``max_factor_size`` as a group keeps it: a flag and a number.
+    """What is "auto" of the settings in `_FLAGS` as a group keeps it: a flag and a number.
 
-    ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of what
-    is found, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since only that makes
-    steps of one size of them; and with a number for the rate factors stay whole, as in the paper.
-    ValueError for any other word.
+    ``defaults`` hold in resolved form what the settings leave out. An ``automatic`` rate is a factor of the
+    share that layers move, 1. Dampings that are ``relative`` to each layer go with such a rate alone, since
+    only that makes steps of one size of them; and with a number for the rate factors stay whole, as in the
+    paper. ValueError for any other word.
     """
-    flags = {"lr": "automatic", "damping": "relative", "max_factor_size": "bounded"}
-    if not settings.keys() & flags.keys():
+    if not settings.keys() & _FLAGS.keys():
         return settings
     given = {
         key: settings.get(key, "auto" if defaults.get(flag) else defaults.get(key))
-        for key, flag in flags.items()
+        for key, flag in _FLAGS.items()
+        if key in settings or key in defaults
     }
     for key, value in given.items():
         if isinstance(value, str) and value != "auto":
             raise ValueError(f'{key} must be a number or "auto", got {value!r}.')
-    unset = {key: isinstance(value, str) and value == "auto" for key, value in given.items()}
-    automatic, relative = unset["lr"], unset["lr"] and unset["damping"]
-    if automatic:
-        given["lr"] = 1.0
-    if unset["damping"]:
-        given["damping"] = 1.0 if relative else _DAMPING
-    if unset["max_factor_size"]:
-        given["max_factor_size"] = _LARGEST if automatic else None
-    bounded = unset["max_factor_size"]
-    return settings | given | {"automatic": automatic, "relative": relative, "bounded": bounded}
+    unset = {flag for key, flag in _FLAGS.items() if isinstance(given.get(key), str)}
+    automatic = "automatic" in unset
+    if not automatic:
+        unset.discard("relative")
+    numbers = {
+        "lr": 1.0,
+        "damping": 1.0 if automatic else _DAMPING,
+        "max_factor_size": _LARGEST if automatic else None,
+        "curvature_interval": _LONG_INTERVAL if automatic else _INTERVAL,
+    }
+    found = {key: numbers[key] if isinstance(value, str) else value for key, value in given.items()}
+    return settings | found | {_FLAGS[key]: _FLAGS[key] in unset for key in found}
 
 
 def momentum(group: Mapping[str, Any]) -> float:
