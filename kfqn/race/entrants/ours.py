@@ -24,7 +24,7 @@ PARTS = {  # words for parts, where they are not to be those that settings choos
     "average": ("ema", "nesterov", "none"),
     "direction": ("plain", "orthogonal"),
     "cadence": ("young", "regular"),
-    "steps": ("falling", "constant"),
+    "steps": ("falling", "constant", "half", "twice"),
     "weights": ("latest", "average"),
 }
 
@@ -37,7 +37,7 @@ def parts(settings: Settings) -> "Parts":
     from kfqn.steps.average import Averaged, Nesterov, NoAverage
     from kfqn.steps.cadence import Regular, YoungOften
     from kfqn.steps.direction import Orthogonalised, Plain
-    from kfqn.steps.relative import RelativeSteps
+    from kfqn.steps.relative import SHARE, RelativeSteps
     from kfqn.steps.weight_average import Latest, PolynomialAverage
 
     made: Mapping[str, Sequence[Any]] = {  # in the order of `PARTS`
@@ -47,7 +47,12 @@ def parts(settings: Settings) -> "Parts":
         "average": (Averaged(), Nesterov(), NoAverage()),
         "direction": (Plain(), Orthogonalised()),
         "cadence": (YoungOften(), Regular()),
-        "steps": (RelativeSteps(), RelativeSteps(held=math.inf)),
+        "steps": (
+            RelativeSteps(),
+            RelativeSteps(held=math.inf),
+            RelativeSteps(share=SHARE / 2),
+            RelativeSteps(share=2 * SHARE),
+        ),
         "weights": (Latest(), PolynomialAverage()),
     }
     named = {"pairs": "curved_only"}
