@@ -41,7 +41,7 @@ def entrant(variant: str, schedule: str) -> str:
 
 def race(problem: str, options: argparse.Namespace) -> Path:
     """Run what is not done yet; the folder of the runs."""
-    out = options.out / problem
+    out: Path = options.out / problem
     command = [sys.executable, "-m", "kfqn", "race", "--problem", problem, "--out", str(out)]
     for key in ("seeds", "data_dir", "epochs", "train_size", "width", "jobs"):
         if (value := getattr(options, key)) is not None:
