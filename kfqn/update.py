@@ -149,13 +149,13 @@ def _step_fallback(training: Training) -> None:
     if fallback is None:
         return
     scale = training.chosen[place].steps.scale(training.groups.param_groups[place])
-    rates = [group["lr"] for group in fallback.param_groups]
-    for group in fallback.param_groups:
-        group["lr"] = scale * group["lr"]
+    rated = [(group, group["lr"]) for group in fallback.param_groups if "lr" in group]
+    for group, rate in rated:
+        group["lr"] = scale * rate
     try:
         fallback.step()
     finally:
-        for group, rate in zip(fallback.param_groups, rates, strict=True):
+        for group, rate in rated:
             group["lr"] = rate
 
 
@@ -167,7 +167,7 @@ def step_of_fallback(training: Training, raises: bool) -> None:
     if fallback is not None:
         finite = float(first_pass.signs(training, None, []))
         if first_pass.is_valid(training, finite, None, [], raises):
-            fallback.step()
+            _step_fallback(training)
             training.iterates.stepped = True
 
 

@@ -8,10 +8,6 @@ from foreign import Conv1D
 from torch import nn
 
 import kfqn
-from kfqn.parameters.groups import note
-from kfqn.steps import automatic
-from kfqn.steps.automatic import Automatic
-from kfqn.steps.trust import Trust
 
 
 @dataclass(frozen=True)
@@ -83,41 +79,7 @@ LAYERS = {
 }
 
 
-CHECKED = Trust(checks=2, wait=10**6)  # losses are believed, so that closures are called twice
-
-
-def members_of(optimizer):
-    """The groups whose rate is found."""
-    return next(members for rule, members in optimizer.training.rules if isinstance(rule, Automatic))
-
-
-def search_of(optimizer):
-    """What is known of the step size."""
-    return automatic.search_of(members_of(optimizer))
-
-
-def searched(optimizer, **changes):
-    """Change what is known of the step size."""
-    keep(optimizer, search=search_of(optimizer)._replace(**changes)._asdict())
-
-
-def trust_of(optimizer):
-    """How far losses are believed."""
-    return automatic.trust_of(members_of(optimizer))
-
-
-def believe(optimizer, trust=CHECKED):
-    """Believe losses so far."""
-    keep(optimizer, trust=trust._asdict())
-
-
-def keep(optimizer, **found):
-    """Put this into what every group of layers keeps."""
-    for group in optimizer.training.groups.own():
-        note(group, **found)
-
-
-AUTOMATIC = {  # the optimizers that find their step size, name -> maker
+AUTOMATIC = {  # the optimizers with lr="auto", name -> maker
     "KFBFGS": kfqn.KFBFGS,
     "KFLBFGS": lambda model, **settings: kfqn.KFLBFGS(model, history_size=3, **settings),
 }

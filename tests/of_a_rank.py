@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import batches, grouped, keep, searched
+from cases import batches, grouped
 from test_contract import OPTIMIZERS
 from torch.nn.parallel import DistributedDataParallel
 
 import kfqn
-from kfqn.steps.parabola import REFUSED
 
 STEPS = 5
 
@@ -33,16 +32,6 @@ def by_hand(model, optimizer, x, target):
     optimizer.step()
     with optimizer.second_pass():
         F.cross_entropy(model(x), target).backward()
-
-
-def undone_in_the_end(optimizer, step, closure):
-    """The last but one step is made one without a second pass, and the last batch says that it went wrong."""
-    if step == STEPS - 2:
-        keep(optimizer, k=32)
-    if step < STEPS - 1:
-        return closure
-    searched(optimizer, refused=REFUSED - 1)  # as if the batches before had not been finite either
-    return lambda: closure() * float("nan")
 
 
 def train(method, how, folder):
@@ -83,16 +72,13 @@ def train(method, how, folder):
         if how in ("by hand", "joined"):
             by_hand(wrapped, optimizer, x, y)
         else:
-            closure = kfqn.closure(wrapped, x, y, F.cross_entropy)
-            undone = how.endswith("undone")
-            optimizer.step(undone_in_the_end(optimizer, step, closure) if undone else closure)
+            optimizer.step(kfqn.closure(wrapped, x, y, F.cross_entropy))
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: dict(of) for p, of in optimizer.state.items()}
     saved = {
         "model": model.state_dict(),
         "state": state,
         "diagnostics": optimizer.diagnostics(),
-        "search": optimizer.param_groups[0]["progress"].get("search"),
     }
     torch.save(saved, Path(folder) / f"{method}:{how}:{rank}.pt")
 

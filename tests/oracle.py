@@ -322,3 +322,68 @@ class Algorithm5(Algorithm2):
 def gamma(Dh):
     """E_n of the mean over locations of Dh_t Dh_tᵀ."""
     return sum(torch.outer(D, D) for Dn in Dh for D in Dn) / (Dh.shape[0] * Dh.shape[1])
+
+
+class WithoutRate(Algorithm2):
+    """The method without a learning rate: ``W`` are the weights that steps are taken with, ``x`` their average.
+
+    ``lr`` is the factor that a schedule sets.
+    """
+
+    POLYNOMIALS = (
+        (8.2987, -24.4305, 18.0903),
+        (3.9152, -2.9211, 0.5592),
+        (3.1746, -2.3804, 0.4978),
+        (2.1895, -1.5672, 0.4079),
+    )
+
+    def __init__(self, net, loss, weight_decay=0.0, beta=0.9, interval=10):
+        super().__init__(net, loss, 1.0, 1.0, beta, 0.0, weight_decay)
+        self.interval, self.x = interval, [W.clone() for W in self.W]
+        self.fall, self.last_lr, self.frozen = 1.0, 0.0, False
+        self.A = self.lam = None
+
+    def start_from(self, inputs):
+        """A of the first batch, and λ_A: a hundredth of its norm, more where it is singular."""
+        self.A = [second_moment(at) for at in inputs]
+        C = [len(A) for A in self.A]
+        vectors = [len(at) * len(at[0]) for at in inputs]
+        self.lam = [
+            0.01 * A.norm() * max(1, c / n) for A, c, n in zip(self.A, C, vectors, strict=True)
+        ]
+
+    def root(self, i):
+        """(A + λ_A I)^(−½)."""
+        values, vectors = torch.linalg.eigh(self.A[i] + self.lam[i] * torch.eye(len(self.A[i])))
+        return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+    def even(self, X):
+        """X with the polynomials applied to its singular values, and norm 1."""
+        U, values, V = torch.linalg.svd(X, full_matrices=False)
+        values = values / (values**4).sum() ** 0.25
+        for a, b, c in self.POLYNOMIALS:
+            values = a * values + b * values**3 + c * values**5
+        return U @ torch.diag(values / values.norm()) @ V
+
+    def step(self, x, target):
+        """One pass, a step of W, x after it, and A at every tenth step, of three gaps one longer."""
+        a, _, Dh = self.pass_over(x, target)
+        if self.A is None:
+            self.start_from(a)
+        k, self.steps = self.steps, self.steps + 1
+        self.frozen |= self.lr < self.last_lr
+        self.last_lr = self.lr
+        if not self.frozen:
+            self.fall = min(1.0, (100 / self.steps) ** (1 / 3))
+        share = min(1.0, 8 / (self.steps + 7) / self.lr) if self.lr else 1.0
+        for i, W in enumerate(self.W):
+            pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * W
+            self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
+            g = self.beta * self.average[i] + (1 - self.beta) * DW
+            length = 0.04 * math.sqrt(len(W) / 3) * self.lr * self.fall
+            self.W[i] = W - length * self.even(g @ self.root(i))
+            self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
+            if k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
+                some = a[i][:: max(1, min(len(x), a[i].shape[:2].numel() // (10 * len(self.A[i]))))]
+                self.A[i] = 0.95 * self.A[i] + 0.05 * second_moment(some)

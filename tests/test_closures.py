@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, believe, mlp
+from cases import AUTOMATIC, batches, mlp
 from test_contract import TWO_PASS, snapshot, train, unchanged
 from torch import nn
 from torch.func import functional_call
@@ -57,8 +57,6 @@ def test_a_closure_may_change_gradients(make, touch):
     model, twin = noisy(), noisy()
     twin.load_state_dict(model.state_dict())
     optimizer, theirs = make(model), make(twin)
-    believe(optimizer)
-    believe(theirs)
     for x, target in batches((5,), 18):  # all are judged
 
         def passes(net, x=x, target=target):
@@ -94,7 +92,6 @@ def test_a_closure_may_change_gradients(make, touch):
 def test_a_gradient_that_is_read_in_the_second_call_is_that_of_the_new_weights(make):
     model, data, read = mlp(), batches((5,), 12), []
     optimizer = make(model)
-    believe(optimizer)
 
     def evaluate(x, target):
         optimizer.zero_grad()
@@ -117,7 +114,6 @@ def test_a_gradient_that_is_read_in_the_second_call_is_that_of_the_new_weights(m
 def test_what_fails_without_gradients_is_tried_once(make):
     model, data, calls = mlp(), batches((5,), 12), []
     optimizer = make(model)
-    believe(optimizer)
 
     def evaluate(x, target):
         calls.append(0)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, believe, closure, mlp, odd_cnn
+from cases import batches, closure, mlp, odd_cnn
 from torch import nn
 
 import kfqn
@@ -147,7 +147,6 @@ def test_statistics_are_float32_under_autocast(make_two_pass, around):
     """h is bfloat16 there, but its mean must not be: 1/m Σ h has more digits than h."""
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1, size=65)
     optimizer, outputs = make_two_pass(model, beta=0.0), []
-    believe(optimizer)
     model[0].register_forward_hook(lambda *call: outputs.append(call[2].detach().double()))
 
     def evaluate():
@@ -232,7 +231,6 @@ def test_a_buffer_that_a_module_replaces_is_put_back(make):
 def test_no_weight_gradient_is_computed_in_the_second_pass(make_two_pass):
     model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
     optimizer, flags = make_two_pass(model), []
-    believe(optimizer)
 
     def evaluate():
         optimizer.zero_grad()
@@ -593,7 +591,6 @@ def test_backward_may_be_called_for_each_part_of_the_loss(make_two_pass):
 def test_a_second_call_that_runs_nothing_is_an_error(make_two_pass):
     model, ((x, target),) = mlp(), batches((5,), 1)
     optimizer = make_two_pass(model)
-    believe(optimizer)
     calls = iter([closure(model, optimizer, x, target), lambda: torch.zeros(())])
     with pytest.raises(RuntimeError, match="the second pass ran no layer"):
         optimizer.step(lambda: next(calls)())

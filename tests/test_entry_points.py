@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, believe, mlp, odd_cnn, recurrent
+from cases import batches, mlp, odd_cnn, recurrent
 from test_contract import OPTIMIZERS, TWO_PASS, Noisy, snapshot, train, unchanged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -583,7 +583,6 @@ def test_a_pass_without_backward_in_a_closure_keeps_the_masks():
     """A teacher of its own, detached."""
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
     optimizer = kfqn.KFBFGS(model)
-    believe(optimizer)
 
     def evaluate():
         model.zero_grad()

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, believe, closure, odd_cnn, search_of
+from cases import AUTOMATIC, batches, closure, odd_cnn
 from test_automatic import by_hand
 from test_contract import Noisy, snapshot, train, unchanged
 from test_entry_points import Checkpointed
@@ -55,7 +55,6 @@ def judged(counts):
 def test_H_A_learns_from_every_step_that_is_judged_and_H_G_at_the_interval(make):
     model, data, passes = odd_cnn(), batches((2, 6, 6), 40), []
     optimizer = make(model, curvature_interval=INTERVAL)
-    believe(optimizer)
     for k, (x, target) in enumerate(data):
         before = judged(optimizer.diagnostics().get("0", {}))
         passes.append(0)
@@ -258,8 +257,6 @@ def test_a_loop_of_ones_own_needs_no_gradients_for_the_loss_alone(make):
     model, data = odd_cnn(), batches((2, 6, 6), 12)
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    believe(optimizer)
-    believe(theirs)
     for k, (x, target) in enumerate(data):
         train(model, optimizer, [(x, target)])
         by_hand(twin, theirs, x, target, gradients=k % 10 == 0)
@@ -288,8 +285,6 @@ def test_masks_and_micro_batches_are_those_of_the_first_pass_through_both_doors(
     model = Noisy()
     twin = copy.deepcopy(model)
     optimizer, theirs = make(model), make(twin)
-    believe(optimizer)
-    believe(theirs)
     for (x, target), (x2, target2) in zip(batches((1, 6, 6), 6), batches((1, 6, 6), 6)[::-1], strict=True):
         start = torch.get_rng_state()
 

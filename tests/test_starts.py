@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, believe
+from cases import AUTOMATIC, batches
 from test_contract import TWO_PASS, snapshot, unchanged
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -149,8 +149,6 @@ def test_both_doors_start_there(build, name):
     model = build()
     twin = copy.deepcopy(model)
     optimizer, theirs = AUTOMATIC[name](model), AUTOMATIC[name](twin)
-    believe(optimizer)
-    believe(theirs)
     states = []
     for net, own, door in ((model, optimizer, "closure"), (twin, theirs, "by hand")):
         random.seed(0)
