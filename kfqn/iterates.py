@@ -37,12 +37,14 @@ class Iterates:
     def go_ahead(self) -> None:
         """A training pass begins: put z in the model."""
         for place, group in self._groups():
+            if group["progress"][KEY]:
+                continue
+            note(group, ahead=True)
             weights, kept = self._kept(place)
-            if weights and not group["progress"][KEY]:
-                note(group, ahead=True)
+            if weights:
+                x = [p.clone() for p in weights]  # to have it back to the bit
                 torch._foreach_add_(weights, kept)
-                torch._foreach_sub_(kept, weights)
-                torch._foreach_neg_(kept)  # x
+                torch._foreach_copy_(kept, x)
 
     @torch.no_grad()
     def fall_back(self) -> None:
@@ -50,12 +52,15 @@ class Iterates:
         stepped, self.stepped = self.stepped, False
         for place, group in self._groups():
             weights, kept = self._kept(place)
+            if stepped:
+                note(group, averaged=group["progress"]["averaged"] + 1)
             if weights and group["progress"][KEY]:
-                k = max(int(group["progress"]["k"]), 1)
-                torch._foreach_lerp_(kept, weights, self.rules[place].share(group, k) if stepped else 0.0)
-                torch._foreach_sub_(kept, weights)
-                torch._foreach_add_(weights, kept)
-                torch._foreach_neg_(kept)  # z − x
+                if stepped:
+                    share = self.rules[place].share(group, group["progress"]["averaged"])
+                    torch._foreach_lerp_(kept, weights, share)
+                apart = torch._foreach_sub(weights, kept)  # z − x
+                torch._foreach_copy_(weights, kept)
+                torch._foreach_copy_(kept, apart)
             elif weights and stepped:
                 torch._foreach_zero_(kept)
             note(group, ahead=False)
@@ -72,10 +77,16 @@ class Iterates:
         return [p for at in places for p in self.groups.param_groups[at]["params"]]
 
     def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights of which something is kept, and what."""
+        """The weights of which something is kept, and what.
+
+        The weights without autograd's count of versions, so that a graph made of them before a training pass
+        can still be differentiated after it; what is kept follows them to another type or device.
+        """
         state = self.groups.state
         weights = [p for p in self._weights(place) if KEY in state.get(p, {})]
-        return weights, [state[p][KEY] for p in weights]
+        for p in weights:
+            state[p][KEY] = state[p][KEY].to(p)
+        return [p.data for p in weights], [state[p][KEY] for p in weights]
 
     def _begin(self, place: int) -> None:
         """From the first step of a parameter on something is kept of it: z = x at first.
@@ -86,5 +97,5 @@ class Iterates:
         state = self.groups.state
         for p in self._weights(place):
             dense = p.grad is not None and not p.grad.is_sparse
-            if dense and state.get(p) and KEY not in state[p] and p.element_size() >= 4:
+            if dense and KEY not in state.get(p, {}) and p.element_size() >= 4:
                 state[p][KEY] = torch.zeros_like(p)

@@ -18,7 +18,7 @@ from kfqn.parts import Parts
 from kfqn.training import Curvature, Training, shapes_of
 from kfqn.weights import averaged_weights
 
-_PROGRESS = {"k": 0, "refused": 0, "drawn": 0, "ahead": False}
+_PROGRESS = {"k": 0, "refused": 0, "drawn": 0, "ahead": False, "averaged": 0}
 _DEFAULTS: Group = {"bias_decay": 1.0, "momentum": None, "progress": _PROGRESS}
 _SAVED = ("_groups", "_curvature", "_parts", "_shard", "_error_if_nonfinite")
 

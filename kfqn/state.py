@@ -34,9 +34,9 @@ class States:
         self.owners: dict[Layer, int] = {}
 
     def of(self, layer: Layer) -> State:
-        """The layer's state; empty where there is none."""
+        """The layer's state; empty where there is none, or of what is kept of all weights alone."""
         found: State = self.groups.state.get(layer.weight, {})
-        return found
+        return found if "step" in found else {}
 
     def owns(self, layer: Layer) -> bool:
         """Whether this process holds the layer's factors."""
@@ -62,9 +62,10 @@ class States:
 
     def enter(self, layer: Layer, state: State) -> None:
         """Make this the layer's state; torch.distributed.checkpoint wants every parameter to have one."""
-        self.groups.state[layer.weight] = {key: value.contiguous() for key, value in state.items()}
+        own = self.groups.state
+        own[layer.weight] = _ahead(own, layer.weight) | {key: x.contiguous() for key, x in state.items()}
         if layer.bias is not None:
-            self.groups.state[layer.bias] = {"step": state["step"].clone()}
+            own[layer.bias] = _ahead(own, layer.bias) | {"step": state["step"].clone()}
 
     def start(self, states: Mapping[Layer, State]) -> None:
         """Enter the first states of layers, of which only what is not zero is given."""
@@ -104,7 +105,7 @@ class States:
             state = self.of(layer)
             if state and not self.owns(layer):
                 for p in layer.parameters():
-                    self.groups.state.pop(p, None)
+                    self.groups.state[p] = _ahead(self.groups.state, p)
             elif state:
                 _to(state, layer)
 
@@ -137,7 +138,7 @@ class States:
         state_dict = {**saved, "param_groups": completed}
         layers, fallback = {layer.weight: layer for layer in groups.layers}, self._of_fallback()
         for p, state, group in self._pairs(state_dict):
-            if state and p not in fallback:
+            if state.keys() - {"ahead"} and p not in fallback:
                 self._check(layers.get(p), state, group)
         of_layers = [group for place, group in enumerate(saved["param_groups"]) if place in places]
         if any("progress" not in group for group in of_layers):
@@ -187,6 +188,11 @@ class States:
                     own[p][key] = value.to(p.device, dtype, copy=True)
                 elif isinstance(value, Tensor):
                     own[p][key] = own[p][key].clone()
+
+
+def _ahead(states: Mapping[Tensor, State], p: Tensor) -> State:
+    """What is kept of a weight whoever has its factors, and whatever becomes of them (`kfqn.iterates`)."""
+    return {key: x for key, x in states.get(p, {}).items() if key == "ahead"}
 
 
 def _to(state: State, layer: Layer) -> None:

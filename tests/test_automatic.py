@@ -344,7 +344,7 @@ def test_an_input_that_is_not_finite_teaches_nothing(bad):
     layer = optimizer.layers[0]
     part, inputs, state = optimizer.training.of(layer).input, layer.inputs, optimizer.state[layer.weight]
     x, before = data[0][0], {key: state[key].clone() for key in ("A", "H_A")}
-    for factor, learns in ((bad, False), (1.0, True)):
+    for factor, learns in ((bad, False), (2.0, True)):
         _, used = part.learn_([state], [x.mean(0)], [part.respond(inputs, x * factor, x.mean(0))], 0.1)
         assert bool(used) == learns
         assert all(torch.equal(state[key], before[key]) != learns for key in before)

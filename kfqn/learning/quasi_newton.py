@@ -72,7 +72,7 @@ class QuasiNewton(Curvature):
         if self.repeats(training):
             return self.full_spec(training)
         due = any(training.inputs_due(place) for place in training.chosen)
-        if due or training.states.missing(training.groups.layers):
+        if due or training.context.broken or training.states.missing(training.groups.layers):
             return replace(self.full_spec(training), h=None, Dh=nothing_of)  # H_A alone learns from it
         return None
 

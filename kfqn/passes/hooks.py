@@ -89,6 +89,8 @@ class Start(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         recorder = self.recorder()
         if recorder is not None:
+            if module.training and torch.is_grad_enabled():
+                recorder.ahead()  # of compiled code, in which `Ahead` does nothing
             recorder.start(module)
 
 
