@@ -179,6 +179,18 @@ def test_the_scale_of_the_loss_does_not_matter(make, scale):
     torch.testing.assert_close(weights(twin), weights(model), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.usefixtures("double")
+def test_with_the_papers_damping_it_does():
+    """Of pairs: so that the test above can fail."""
+    model, data = odd_cnn(), batches((2, 6, 6), 15)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = (AUTOMATIC["KFLBFGS"](net, damping=3.0) for net in (model, twin))
+    for x, target in data:
+        train(model, optimizer, [(x, target)])
+        theirs.step(closure(twin, theirs, x, target, lambda o, y: 1e3 * F.cross_entropy(o, y)))
+    assert not torch.allclose(weights(twin), weights(model), rtol=1e-3)
+
+
 def test_a_constant_in_the_loss_changes_no_bit(make):
     model, data = odd_cnn(), batches((2, 6, 6), 15)
     twin = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from test_contract import TWO_PASS, snapshot, train, unchanged
 from test_entry_points import backward
 
 import kfqn
-from kfqn.steps.cadence import gap
+from kfqn.steps.cadence import Regular, gap
 
 INTERVAL = 3
 LEARNT = [*range(20), *range(20, 30, 2), *range(30, 40, 3)]  # steps with a second pass, of the first 40
@@ -69,6 +69,20 @@ def test_gaps_grow_to_the_interval_however_long():
         assert [k for k in due if k < 20] == [*range(20)]
     tenfolds = [sum(k % gap(k, 10**6) == 0 for k in range(n, 10 * n)) for n in (100, 1000, 10_000)]
     assert len({*tenfolds}) == 1
+
+
+def test_with_an_automatic_rate_every_third_gap_is_one_longer():
+    assert [k for k in range(80) if Regular().is_due(k, 10)] == [0, 10, 20, 31, 41, 51, 62, 72]
+    assert [k for k in range(15) if Regular().is_due(k, 2)] == [0, 2, 4, 7, 9, 11, 14]
+    assert all(Regular().is_due(k, 1) for k in range(100))
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 10])
+@pytest.mark.parametrize("interval", [2, 5, 10, 40])
+def test_of_tasks_in_turn_each_is_met(interval, period):
+    due = [k for k in range(300 * interval) if Regular().is_due(k, interval)]
+    counts = [sum(k % period == task for k in due) for task in range(period)]
+    assert min(counts) > 0.4 * max(counts)  # of an odd gap two thirds are of one parity
 
 
 def test_new_factors_learn_at_every_step_again(make):

@@ -199,9 +199,7 @@ def test_a_loss_of_derivatives_alone_trains(dtype):
     losses = [optimizer.step(evaluate).item() for _ in range(60)]
     assert losses[-1] < 0.8 * losses[0]
     taken = optimizer.diagnostics()
-    assert (
-        60 - taken[""]["rejected"] <= taken["4"]["steps"] <= 60
-    )  # a batch that takes a step back takes none
+    assert taken["4"]["steps"] == 60
     assert taken["4"]["A taken"] > 0
     assert taken["0"]["A taken"] > 0
 

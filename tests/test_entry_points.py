@@ -582,7 +582,7 @@ def test_gradients_for_something_else_are_not_learnt_from(make):
 def test_a_pass_without_backward_in_a_closure_keeps_the_masks():
     """A teacher of its own, detached."""
     model, ((x, target),) = Noisy(), batches((1, 6, 6), 1)
-    optimizer = kfqn.KFBFGS(model)
+    optimizer = kfqn.KFLBFGS(model)
 
     def evaluate():
         model.zero_grad()

@@ -99,22 +99,6 @@ def test_weight_decay_pulls_on_what_it_is_given_for(make, decoupled):
     assert twins[0][2].bias.norm() > twins[1][2].bias.norm()
 
 
-@pytest.mark.usefixtures("double")
-def test_a_step_is_judged_by_the_decay_that_each_parameter_has():
-    """The slope along the step of the loss with λ/2 ‖W‖², without the biases."""
-    model, ((x, target),) = odd_cnn(), batches((2, 6, 6), 1)
-    optimizer = kfqn.KFBFGS(model, groups=by_dimension(model))
-    before = [p.detach().clone() for p in model.parameters()]
-    F.cross_entropy(model(x), target).backward()
-    optimizer.step()
-    slope, regularised, _ = (float(x) for x in optimizer.training.context.flight.slopes)
-    pairs = zip(model.parameters(), before, strict=True)
-    moved = [(p.detach() - W, p.grad, W) for p, W in pairs]
-    assert slope == pytest.approx(sum(float((d * g).sum()) for d, g, _ in moved))
-    of_decay = sum(0.1 * float((d * W).sum()) for d, _, W in moved if W.dim() >= 2)
-    assert regularised - slope == pytest.approx(of_decay)
-
-
 def test_groups_by_dimension_train_and_resume(make):
     model, data = mlp(), batches((5,), 8)
     optimizer = make(model, groups=by_dimension(model))

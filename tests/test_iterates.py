@@ -443,7 +443,7 @@ def test_a_part_compiled_as_one_graph_runs():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated")
 def test_torch_func_and_traces_see_the_weights_that_are_there():
     model, data = mlp(), batches((5,), 6)
     optimizer = kfqn.KFBFGS(model)

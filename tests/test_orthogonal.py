@@ -26,14 +26,14 @@ def with_values(rows, columns, values, seed=0):
 @pytest.mark.parametrize("least", [1.0, 0.3, 0.05])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_polar_factor_and_keeps_the_norm(shape, least):
-    """Within 8 %, which is what the polynomials leave; the singular vectors to rounding."""
+    """Within 9 %, which is what the polynomials leave of their mean; the singular vectors to rounding."""
     rank = min(shape)
     P, U, V = with_values(*shape, [least ** (k / rank) for k in range(rank)])
     got = orthogonalised(P, None)
     values = U.mT @ got @ V
     assert (values - values.diagonal().diag()).norm() < 1e-10 * values.norm()
     even = values.diagonal() * math.sqrt(rank) / P.norm()
-    assert (even - 1).abs().max() < 0.08
+    assert (even - 1).abs().max() < 0.09
     torch.testing.assert_close(U @ values @ V.mT, got)
 
 
@@ -42,7 +42,14 @@ def test_what_is_far_below_stays_below():
     P, U, V = with_values(8, 20, [1.0, 0.5, 0.3, 0.2, 0.1, 1e-4, 1e-6, 0.0])
     values = (U.mT @ orthogonalised(P, None) @ V).diagonal()
     assert values[:5].min() > 0.9 * values[0]
-    assert values[5:].max() < 0.02 * values[0]
+    assert values[5:].max() < 0.025 * values[0]  # by 226, what the polynomials make of the smallest
+
+
+def test_the_polynomials_leave_what_they_say():
+    x = torch.logspace(math.log10(1 / 200), 0, 10_000, dtype=torch.double)
+    for a, b, c in orthogonal.POLYNOMIALS:
+        x = a * x + b * x**3 + c * x**5
+    assert (x.min().item(), x.max().item()) == pytest.approx((0.917, 1.083), abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -58,7 +65,7 @@ def test_groups_are_blocks_of_one_matrix():
     P = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(2)).double()
     P *= torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
     values = torch.linalg.svdvals(orthogonalised(P, None)) * math.sqrt(12) / P.norm()
-    assert (values - 1).abs().max() < 0.08
+    assert (values - 1).abs().max() < 0.09
 
 
 @pytest.mark.parametrize("shape", [(10, 23), (23, 10)])
@@ -70,7 +77,7 @@ def test_large_matrices_are_cut_into_blocks(shape):
         alone = orthogonalised(of, None)
         torch.testing.assert_close(rows / rows.norm(), alone / alone.norm())
         values = torch.linalg.svdvals(rows) * math.sqrt(shape[0]) / P.norm()
-        assert (values - 1).abs().max() < 0.08
+        assert (values - 1).abs().max() < 0.09
     assert not torch.allclose(got, orthogonalised(P, 10), rtol=0.01)
 
 

@@ -14,25 +14,28 @@ from test_contract import snapshot, train, unchanged
 
 import kfqn
 from kfqn.curvature.damping import AbsoluteDamping, RelativeDamping
-from kfqn.curvature.input_factor import BatchInverse, HessianActionBFGS, NoInputFactor
+from kfqn.curvature.input_factor import AveragedRoot, BatchInverse, HessianActionBFGS, NoInputFactor
 from kfqn.curvature.output_factor import BFGS, LBFGS, NoOutputFactor
 from kfqn.formulas.statistics import damped_inverse
 from kfqn.race.entrants import entrant_of
 from kfqn.race.entrants.ours import PARTS, parts
-from kfqn.steps.automatic import Automatic
 from kfqn.steps.average import Averaged, HeavyBall, Nesterov, NoAverage
-from kfqn.steps.cadence import BothTogether, InputsOftener
+from kfqn.steps.cadence import Regular, YoungOften
 from kfqn.steps.direction import Orthogonalised, Plain
+from kfqn.steps.relative import RelativeSteps
 from kfqn.steps.rule import FixedRate
+from kfqn.steps.weight_average import Latest, PolynomialAverage
 
 ROOT = Path(__file__).parents[1]
 OF = {
-    "input": (HessianActionBFGS(), BatchInverse(), NoInputFactor()),
+    "input": (HessianActionBFGS(), BatchInverse(), AveragedRoot(), NoInputFactor()),
     "output": (BFGS(), NoOutputFactor()),
     "curved_only": (False, True),
     "average": (Averaged(), Nesterov(), NoAverage(), HeavyBall()),
     "direction": (Plain(), Orthogonalised()),
-    "cadence": (BothTogether(), InputsOftener()),
+    "steps": (RelativeSteps(),),
+    "cadence": (YoungOften(), Regular()),
+    "weights": (Latest(), PolynomialAverage(), PolynomialAverage(power=1.0)),
 }
 ONE = [(kind, part) for kind, several in OF.items() for part in several]
 MODES = {"auto": {}, "paper": {"lr": 0.1, "damping": 1.0, "curvature_interval": 1}}
@@ -60,8 +63,12 @@ def test_parts_of_a_group_follow_its_settings_unless_they_are_given():
         odd_cnn(), groups=[{"modules": "0", "lr": 0.1}], parts=kfqn.Parts(direction=Plain())
     )
     ours, papers = (optimizer.training.of(layer) for layer in sorted_by_place(optimizer))
-    assert (ours.steps, papers.steps) == (Automatic(), FixedRate())
+    assert (ours.steps, papers.steps) == (RelativeSteps(), FixedRate())
     assert (ours.average, papers.average) == (Nesterov(), Averaged())
+    assert (ours.input, papers.input) == (AveragedRoot(), HessianActionBFGS())
+    assert (ours.output, papers.output) == (NoOutputFactor(), BFGS())
+    assert (ours.weights, papers.weights) == (PolynomialAverage(), Latest())
+    assert (ours.cadence, papers.cadence) == (Regular(), YoungOften())
     assert (ours.damping, papers.damping) == (RelativeDamping(), AbsoluteDamping())
     assert (ours.direction, papers.direction) == (Plain(), Plain())
 
