@@ -325,7 +325,7 @@ def gamma(Dh):
 
 
 class WithoutRate(Algorithm2):
-    """The method without a learning rate: ``W`` are the weights that steps are taken with, ``x`` their average.
+    """The method without a learning rate: steps are taken with ``W``, and ``x`` are their averages.
 
     ``lr`` is the factor that a schedule sets.
     """
@@ -348,9 +348,7 @@ class WithoutRate(Algorithm2):
         self.A = [second_moment(at) for at in inputs]
         C = [len(A) for A in self.A]
         vectors = [len(at) * len(at[0]) for at in inputs]
-        self.lam = [
-            0.01 * A.norm() * max(1, c / n) for A, c, n in zip(self.A, C, vectors, strict=True)
-        ]
+        self.lam = [0.01 * A.norm() * max(1, c / n) for A, c, n in zip(self.A, C, vectors, strict=True)]
 
     def root(self, i):
         """(A + λ_A I)^(−½)."""

@@ -264,7 +264,9 @@ def test_groups_have_lengths_and_falls_of_their_own(make):
     train(model, optimizer, data[:1])
     note(of["2"], steps=799)
     (moved,) = moves(model, optimizer, data[1:])
-    found = {layer.name: m / a for layer, m, a in zip(optimizer.layers, moved, lengths(optimizer), strict=True)}
+    found = {
+        layer.name: m / a for layer, m, a in zip(optimizer.layers, moved, lengths(optimizer), strict=True)
+    }
     assert [found["0"], found["2"], found["4"]] == pytest.approx([0.5, 0.5, 0.5], rel=1e-9)
     assert of["2"]["progress"]["fall"] == 0.5
     assert of["0"]["progress"]["fall"] == 1.0

@@ -1,11 +1,9 @@
 """``damping="auto"``: what it measures, and what may be rescaled without the training curve noticing."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, closure, mlp, odd_cnn
+from cases import AUTOMATIC, batches, mlp, odd_cnn
 from test_contract import train
 from torch import nn
 

@@ -68,7 +68,8 @@ def test_floating_point_operations_relative_to_sgd(make, m, settings, most, most
     unwatched, optimizer = copy.deepcopy(model), kfqn.KFBFGS(model, **{"lr": 1e-3} | settings)
     optimizer.step(kfqn.closure(model, torch.randn(2, 3, 32, 32), torch.randint(10, (2,)), F.cross_entropy))
     two, four = (operations(model, unwatched, optimizer, n) for n in (2, 4))
-    sgd, learning, between = (b + (b - a) / 2 * (m - 4) for a, b in zip(two, four, strict=True))  # affine in m
+    affine = (b + (b - a) / 2 * (m - 4) for a, b in zip(two, four, strict=True))  # in m
+    sgd, learning, between = affine
     assert 1.0 < between / sgd <= most_between
     assert between < learning <= most * sgd
 
@@ -144,7 +145,7 @@ def test_directions_take_the_memory_of_the_weights_once(lr):
 @pytest.mark.parametrize("lr", [0.1, "auto"])
 @pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
 def test_a_step_waits_for_the_device_once(method, lr, monkeypatch):
-    """To see that loss, gradients and directions are sound; to learn H_A = (A + λI)^(−½) once a layer more."""
+    """To see that loss, gradients and directions are sound; to learn (A + λI)^(−½) once a layer more."""
     model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 2)
     optimizer, reads = method(model, lr=lr), []
     evaluate = closure(model, optimizer, x, target)

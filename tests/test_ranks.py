@@ -97,4 +97,6 @@ def test_without_a_learning_rate_both_sets_of_weights_are_the_same_in_all_proces
         model, state = one_process(case.split(":")[0], lr="auto")
         same(first["model"], model)
         for found in (first["state"], second["state"]):
-            same({name: of["ahead"] for name, of in found.items()}, {name: of["ahead"] for name, of in state.items()})
+            same(
+                {name: found[name]["ahead"] for name in state}, {name: state[name]["ahead"] for name in state}
+            )

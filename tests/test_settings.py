@@ -156,9 +156,7 @@ def test_schedulers_may_cycle_the_momentum(name, others, cycle):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("method", "lr"), [(kfqn.KFBFGS, 0.3), (kfqn.KFLBFGS, 0.3), (kfqn.KFLBFGS, "auto")]
-)
+@pytest.mark.parametrize(("method", "lr"), [(kfqn.KFBFGS, 0.3), (kfqn.KFLBFGS, 0.3), (kfqn.KFLBFGS, "auto")])
 def test_momentum_in_a_group_takes_the_place_of_beta_for_gradients_alone(method, lr):
     model, data = mlp(), batches((5,), 8)
     twin, third = copy.deepcopy(model), copy.deepcopy(model)
