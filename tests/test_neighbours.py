@@ -16,12 +16,14 @@ from test_torch import DYNAMO
 from torch import nn
 
 import kfqn
+from kfqn.steps.weight_average import Latest
 
 MAKERS = AUTOMATIC | {
     f"{name}, paper": partial(make, lr=0.3, damping=1.0, curvature_interval=1)
     for name, make in TWO_PASS.items()
 }
 DOORS = ["closure", "by hand"]
+LATEST = kfqn.Parts(weights=Latest())
 
 
 @pytest.fixture(params=MAKERS)
@@ -49,7 +51,7 @@ def through(door, model, optimizer, x, target):
 @pytest.mark.parametrize("part", [7, 0])
 def test_an_optimizer_of_a_part_that_lives_on_changes_nothing(make, door, part):
     model, data = odd_cnn(), batches((2, 6, 6), 36)
-    of_part = make(model[part])
+    of_part = make(model[part], **({"parts": LATEST} if make in AUTOMATIC.values() else {}))
     for batch in data[:3]:
         through(door, model, of_part, *batch)
     twin = copy.deepcopy(model)
@@ -61,6 +63,18 @@ def test_an_optimizer_of_a_part_that_lives_on_changes_nothing(make, door, part):
         through(door, twin, theirs, *batch)
     assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
     assert unchanged([dict(state) for state in of_part.state.values()], before)
+
+
+def test_one_that_averages_and_lives_on_puts_its_latest_weights_back_once():
+    """In the next training pass of whoever trains the model then, and never again."""
+    model, data = mlp(), batches((5,), 8)
+    old = kfqn.KFBFGS(model)
+    train(model, old, data[:4])
+    z = [p.detach() + old.state[p]["ahead"] for p in model.parameters()]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    for batch in data[4:]:
+        train(model, sgd, [batch])
+        torch.testing.assert_close([p.detach() for p in model.parameters()], z)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -156,8 +170,15 @@ def test_a_hook_may_change_gradients(make, door):
 # Copies, scripts, files.
 
 
-def trained():
-    model, (batch,) = mlp(), batches((5,), 1)
+def tied():
+    """Two modules that are one layer."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    return model
+
+
+def trained(build=mlp):
+    model, (batch,) = build(), batches((5,), 1)
     optimizer = kfqn.KFBFGS(model)
     train(model, optimizer, [batch])
     return model, optimizer
@@ -167,13 +188,14 @@ def hooks_of(model):
     return [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
 
-def test_a_copy_has_the_users_hooks_alone():
-    model, optimizer = trained()
+@pytest.mark.parametrize("build", [mlp, tied])
+def test_a_copy_has_the_users_hooks_alone(build):
+    model, optimizer = trained(build)
 
     def own(module, args, h):
         return h + 1
 
-    model[0].register_forward_hook(own)
+    model[-1].register_forward_hook(own)
     assert len(hooks_of(model)) > 2
     twin = copy.deepcopy(model)
     averaged = torch.optim.swa_utils.AveragedModel(model)

@@ -25,21 +25,20 @@ class Recording(Protocol):
 
 
 class Hook:
-    """A hook of which copies of the model are free, and pickles hold something that does nothing.
+    """A hook on one module, of which copies of the model are free, and pickles hold what does nothing.
 
     A pickle needs the standard library alone to be read.
     """
 
     def __init__(self, recorder: Recording) -> None:
         self.recorder = weakref.ref(recorder)
-        self.handles: list[Any] = []
+        self.handle: Any = None
 
     def __deepcopy__(self, memo: Any) -> Any:
         taken_out = memo.setdefault(_TakenOut, _TakenOut())
-        for handle in self.handles:
-            copied = memo.get(id(handle.hooks_dict_ref()))
-            if copied is not None:
-                taken_out.places.append((copied, handle.id))
+        copied = memo.get(id(self.handle.hooks_dict_ref()))
+        if copied is not None:
+            taken_out.places.append((copied, self.handle.id))
         return contextlib.nullcontext().__exit__
 
     def __reduce__(self) -> tuple[Any, ...]:

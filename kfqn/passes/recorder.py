@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
 from kfqn.passes.gate import Arrive, gated, is_for
-from kfqn.passes.hooks import Ahead, Observe, Start, noticed_by_compiled_code
+from kfqn.passes.hooks import Ahead, Hook, Observe, Start, noticed_by_compiled_code
 from kfqn.passes.record import Call, LayerRecord
 from kfqn.passes.replay import Rewind, start_of
 from kfqn.passes.spec import InputReduction, PassSpec, Reduction, nothing_of
@@ -53,11 +53,10 @@ class Recorder:
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
         self._ahead = ahead
-        before, hook = Ahead(self), Start(self)
-        owners = [m for m in model.modules() if m is model or any(True for _ in m.parameters(recurse=False))]
-        before.handles += [m.register_forward_pre_hook(before) for m in owners]
-        hook.handles.append(model.register_forward_pre_hook(hook))
-        self._handles += before.handles + hook.handles
+        for module in model.modules():
+            if module is model or any(True for _ in module.parameters(recurse=False)):
+                self._before(module, Ahead(self))
+        self._before(model, Start(self))
         self.forget()
         self.add(layers)
 
@@ -69,10 +68,16 @@ class Recorder:
     def add(self, layers: Sequence[Layer]) -> None:
         """Record these layers too."""
         for layer in layers:
-            hook = Observe(self, layer)
             self._open[layer] = weakref.WeakSet()
-            hook.handles += [m.register_forward_hook(hook, with_kwargs=True) for m in layer.modules]
-            self._handles += hook.handles
+            for module in layer.modules:
+                hook = Observe(self, layer)
+                hook.handle = module.register_forward_hook(hook, with_kwargs=True)
+                self._handles.append(hook.handle)
+
+    def _before(self, module: nn.Module, hook: Hook) -> None:
+        """Run this before the module's forward."""
+        hook.handle = module.register_forward_pre_hook(hook)
+        self._handles.append(hook.handle)
 
     def forget(self) -> None:
         """Drop what was seen."""
