@@ -66,9 +66,18 @@ def damped_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
 
 def damped_root(A: Tensor, damping: float | Tensor) -> Tensor:
-    """(A + λ_A I)^(−½) for a positive semi-definite, finite A; ``damping`` is a number or (*g, 1) (M1)."""
-    values, vectors = torch.linalg.eigh(A)
-    root: Tensor = (vectors * (values.clamp(min=0) + damping).rsqrt()[..., None, :]) @ vectors.mT
+    """(A + λ_A I)^(−½) for a positive semi-definite, finite A; ``damping`` is a number or (*g, 1) (M1).
+
+    λ_A is added first: of a singular A LAPACK may find no eigenvalues in float32, or NaN. Where it still
+    fails, it is asked in float64.
+    """
+    regular = A.clone()
+    regular.diagonal(dim1=-2, dim2=-1).add_(damping)
+    try:
+        values, vectors = torch.linalg.eigh(regular)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = (x.to(A) for x in torch.linalg.eigh(regular.to("cpu", torch.float64)))
+    root: Tensor = (vectors * values.clamp(min=damping).rsqrt()[..., None, :]) @ vectors.mT
     return root
 
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
 from kfqn.passes.gate import Arrive, gated, is_for
-from kfqn.passes.hooks import Ahead, Hook, Observe, Start, noticed_by_compiled_code
+from kfqn.passes.hooks import Ahead, Observe, Start, noticed_by_compiled_code
 from kfqn.passes.record import Call, LayerRecord
 from kfqn.passes.replay import Rewind, start_of
 from kfqn.passes.spec import InputReduction, PassSpec, Reduction, nothing_of
@@ -74,7 +74,7 @@ class Recorder:
                 hook.handle = module.register_forward_hook(hook, with_kwargs=True)
                 self._handles.append(hook.handle)
 
-    def _before(self, module: nn.Module, hook: Hook) -> None:
+    def _before(self, module: nn.Module, hook: Ahead | Start) -> None:
         """Run this before the module's forward."""
         hook.handle = module.register_forward_pre_hook(hook)
         self._handles.append(hook.handle)
