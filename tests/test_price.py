@@ -164,5 +164,6 @@ def test_a_step_waits_for_the_device_once(method, lr, monkeypatch):
     assert reads == ["tolist"]
     reads.clear()
     at(optimizer, LEARNING)
+    on_the_host |= {id(state["step"]) for state in optimizer.state.values()}
     optimizer.step(evaluate)
     assert reads == ["tolist"] + (["__bool__"] * 4 if lr == "auto" else [])
