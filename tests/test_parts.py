@@ -159,7 +159,7 @@ def test_the_rule_of_the_page_is_that_of_the_example_and_trains():
     example = (ROOT / "examples" / "own_step_rule.py").read_text(encoding="utf-8")
     untyped = re.sub(r": (?:Members|Mapping\[[^=)]*?\]|Group)(?=[,)])", "", example)
     untyped = re.sub(r" -> [^:\n]+:", ":", untyped)
-    assert shown.split("class")[1].strip() in untyped
+    assert shown.split("\nclass ")[1].strip() in untyped
     command = [sys.executable, str(ROOT / "examples" / "own_step_rule.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     losses = [float(x) for x in re.findall(r"mini-batch ([\d.]+)", done.stdout)]
