@@ -105,7 +105,9 @@ class States:
             state = self.of(layer)
             if state and not self.owns(layer):
                 for p in layer.parameters():
-                    self.groups.state[p] = _ahead(self.groups.state, p)
+                    kept = _ahead(self.groups.state, p)
+                    self.groups.state.pop(p, None)
+                    self.groups.state |= {p: kept} if kept else {}
             elif state:
                 _to(state, layer)
 
