@@ -337,7 +337,7 @@ class WithoutRate(Algorithm2):
         (2.1895, -1.5672, 0.4079),
     )
 
-    def __init__(self, net, loss, weight_decay=0.0, beta=0.9, interval=10):
+    def __init__(self, net, loss, weight_decay=0.0, beta=0.9, interval=40):
         super().__init__(net, loss, 1.0, 1.0, beta, 0.0, weight_decay)
         self.interval, self.x = interval, [W.clone() for W in self.W]
         self.fall, self.last_lr, self.frozen = 1.0, 0.0, False
@@ -364,7 +364,7 @@ class WithoutRate(Algorithm2):
         return U @ torch.diag(values / values.norm()) @ V
 
     def step(self, x, target):
-        """One pass, a step of W, x after it, and A at every tenth step, of three gaps one longer."""
+        """One pass, a step of W, x after it, and A at every so manyth step, of three gaps one longer."""
         a, _, Dh = self.pass_over(x, target)
         if self.A is None:
             self.start_from(a)
@@ -384,4 +384,4 @@ class WithoutRate(Algorithm2):
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
             if k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
                 some = a[i][:: max(1, min(len(x), a[i].shape[:2].numel() // (10 * len(self.A[i]))))]
-                self.A[i] = 0.95 * self.A[i] + 0.05 * second_moment(some)
+                self.A[i] = 0.8 * self.A[i] + 0.2 * second_moment(some)

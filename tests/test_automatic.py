@@ -58,8 +58,8 @@ def lengths(optimizer):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_thirty_steps_are_those_of_the_description(bias, weight_decay):
     model, data = conv_net(bias), batches((2, 6, 6), 31, size=9)
-    reference = oracle.WithoutRate(model, F.cross_entropy, weight_decay)
-    optimizer = kfqn.KFBFGS(model, weight_decay=weight_decay)
+    reference = oracle.WithoutRate(model, F.cross_entropy, weight_decay, interval=4)
+    optimizer = kfqn.KFBFGS(model, weight_decay=weight_decay, curvature_interval=4)
     for x, target in data[:30]:
         loss = optimizer.step(closure(model, optimizer, x, target))
         torch.testing.assert_close(loss, F.cross_entropy(reference.forward(x)[0], target).detach())
@@ -78,8 +78,8 @@ def test_thirty_steps_are_those_of_the_description(bias, weight_decay):
 @pytest.mark.usefixtures("double")
 def test_beyond_a_hundred_steps_and_under_a_schedule_too():
     model, data = mlp().double(), batches((5,), 131, size=3)
-    reference = oracle.WithoutRate(model, F.cross_entropy, interval=4)
-    optimizer = kfqn.KFBFGS(model, curvature_interval=4)
+    reference = oracle.WithoutRate(model, F.cross_entropy)
+    optimizer = kfqn.KFBFGS(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if k < 115 else 1 - (k - 114) / 15)
     for x, target in data[:130]:
         reference.lr = optimizer.param_groups[0]["lr"]
@@ -93,7 +93,7 @@ def test_beyond_a_hundred_steps_and_under_a_schedule_too():
 
 def test_closures_are_called_once_and_no_second_pass_is_due():
     model, data, calls = odd_cnn(), batches((2, 6, 6), 25), []
-    optimizer = kfqn.KFBFGS(model)
+    optimizer = kfqn.KFBFGS(model, curvature_interval=10)
 
     def evaluate(x, target):
         calls.append(1)
@@ -109,7 +109,7 @@ def test_closures_are_called_once_and_no_second_pass_is_due():
 def test_the_loop_without_closures_is_the_same_to_the_bit():
     model, data = odd_cnn(), batches((2, 6, 6), 25)
     twin = copy.deepcopy(model)
-    optimizer, theirs = kfqn.KFBFGS(model), kfqn.KFBFGS(twin)
+    optimizer, theirs = (kfqn.KFBFGS(net, curvature_interval=10) for net in (model, twin))
     for x, target in data:
         train(model, optimizer, [(x, target)])
         theirs.zero_grad()

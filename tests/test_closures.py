@@ -18,7 +18,7 @@ PAIRS = {"lr": 0.3, "damping": 1.0, "curvature_interval": 1}
 
 MAKERS = {
     "one pass": kfqn.KFBFGS,
-    "now and then two": kfqn.KFLBFGS,
+    "now and then two": partial(kfqn.KFLBFGS, curvature_interval=5),
     "always two": partial(kfqn.KFBFGS, **PAIRS),
 }
 

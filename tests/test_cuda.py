@@ -135,7 +135,7 @@ def waits(step):
 def test_the_host_waits_no_oftener_than_the_documents_say(make, lr, learnt, between):
     """An automatic rate's H_A = (A + λI)^(−½) waits a few times for each of four layers."""
     model, data = odd_cnn().cuda(), there(batches((2, 6, 6), 36)[:35])
-    optimizer = make(model, lr=lr, damping=1.0)
+    optimizer = make(model, lr=lr, damping=1.0, curvature_interval=10)
     train(model, optimizer, data[:25])
     counts = []
     for x, y in data[25:]:

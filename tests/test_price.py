@@ -16,7 +16,7 @@ from kfqn import update
 from kfqn.race.problems.models import all_cnn_c, vgg16
 from kfqn.race.problems.resnet import resnet20
 
-LEARNING, BETWEEN = 10, 101  # steps that are learnt from, by either cadence, and that are not
+LEARNING, BETWEEN = 80, 101  # steps that are learnt from, by either cadence, and that are not
 
 
 def at(optimizer, k):
