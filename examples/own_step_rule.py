@@ -13,71 +13,52 @@ import torch.nn.functional as F
 from torch import nn
 
 import kfqn
-from kfqn.parameters.groups import Group
+from kfqn.parameters.groups import Group, note
 from kfqn.parameters.layers import Layer
 from kfqn.race.problems.data import digits
-from kfqn.steps.rule import Members, Plan, Proposal, StepRule, Trial
+from kfqn.steps.rule import Members, Proposal, StepRule
 
 
 @final
 @dataclass(frozen=True)
-class RelativeSteps(StepRule):
+class ShareOfTheNorm(StepRule):
     """Every layer moves by share × ‖W‖ / √k, times ``lr`` of its group."""
 
-    share: float = 0.2
+    share: float = 0.1
 
-    def rate(self, members: Members, group: Group) -> float:
-        return float(group["lr"])
+    def begin(self, members: Members) -> None:
+        for group, _ in members:
+            note(group, steps=group["progress"]["steps"] + 1)
 
-    def decay_rate(self, members: Members, group: Group, plan: Plan) -> float:
-        return float(group["lr"])
+    def rate(self, group: Group) -> float:
+        return self.share * float(group["lr"]) / math.sqrt(max(1, group["progress"]["steps"]))
 
-    def plan(self, members: Members, proposals: Mapping[Layer, Proposal], on_offer: bool) -> Plan:
-        k = members[0].group["progress"]["k"] + 1
-        lengths = {layer: own.size / own.norm for layer, own in proposals.items() if own.norm > 0}
-        return Plan({layer: self.share / math.sqrt(k) * lengths.get(layer, 0.0) for layer in proposals})
+    def scale(self, group: Group) -> float:
+        return 1.0  # the rate of parameters without factors stays as it is
 
-    def judge(self, members: Members, plan: Plan, trial: Trial) -> float:
-        return 1.0  # every step stays
-
-    def forces_trial(self, members: Members) -> bool:
-        return False
-
-    def wants_second_pass(self, members: Members) -> bool:
-        return True
-
-    def went_wrong(self, members: Members, valid: bool, loss: float | None) -> bool:
-        return False
-
-    def observe(self, members: Members, loss: float) -> None:
-        pass
-
-    def taken(self, members: Members, plan: Plan, norms_W: Mapping[Layer, float]) -> None:
-        pass
-
-    def missed(self, members: Members) -> str:
-        return "nobody ran the second pass, so H_G learns nothing"
-
-    def complaint(self, members: Members) -> str:
-        return ""
+    def shares(self, members: Members, proposals: Mapping[Layer, Proposal]) -> dict[Layer, float]:
+        return {layer: own.norm_W / own.norm if own.norm else 0.0 for layer, own in proposals.items()}
 
     def kept(self) -> dict[str, Any]:
-        return {}
+        return {"steps": 0}
 
     def report(self, members: Members) -> dict[str, float]:
-        return {}
+        return {"rate": self.rate(members[0].group)}
 
 
 def main(epochs: int = 3) -> float:
     """Train, and return the last mini-batch's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
-    optimizer = kfqn.KFBFGS(model, lr=1.0, damping=3.0, parts=kfqn.Parts(steps=RelativeSteps()))
+    optimizer = kfqn.KFBFGS(model, parts=kfqn.Parts(steps=ShareOfTheNorm()))
     generator = torch.Generator().manual_seed(0)
     loss = torch.zeros(())
     for epoch in range(epochs):
         for x, y in digits().training_batches(128, generator):
-            loss = optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
         print(f"epoch {epoch + 1}: loss of the last mini-batch {float(loss.detach()):.3f}")
     return float(loss.detach())
 

@@ -52,7 +52,6 @@ class FactorCheck:
                 warn(
                     f"lr in a group was at most {seen.largest:g} in {seen.steps} steps, which looks like a "
                     "learning rate, but with lr='auto' it is a factor of the share that layers move, 1 being "
-                    "all of it: leave it at 1, let a schedule go from 1 to 0, or give the optimizer a number for "
-                    "lr.",
+                    "all of it: leave it at 1, let a schedule go from 1 to 0, or give a number for lr.",
                     "lr",
                 )
