@@ -3,6 +3,8 @@
     python examples/accelerate_loop.py --micro-batches 4   # four batches of 64 a step
     python examples/accelerate_loop.py                     # one of 256: nearly the same
     accelerate launch examples/accelerate_loop.py          # devices, processes and precision as configured
+
+Nearly, because each micro-batch's A is of some of its data, and so of others.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/huggingface_trainer.py                     # steps of 128 images
     python examples/huggingface_trainer.py --micro-batches 4   # of 4 × 32: nearly the same
 
-Give it ``optimizers=(optimizer, None)``. Its own scheduler, by default a line from 1 to 0, then is a factor of
-the share that layers move.
+Give it ``optimizers=(optimizer, None)``. Its own scheduler, by default a line from 1 to 0, then is a factor
+of the share that layers move.
 """
 
 import argparse

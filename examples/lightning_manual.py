@@ -2,6 +2,8 @@
 
     python examples/lightning_manual.py --micro-batches 4   # four batches of 64 a step
     python examples/lightning_manual.py                     # one of 256: nearly the same
+
+Nearly, because each micro-batch's A is of some of its data, and so of others.
 """
 
 import argparse

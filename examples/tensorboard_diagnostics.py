@@ -3,9 +3,9 @@
     python examples/tensorboard_diagnostics.py --logdir runs/tensorboard
     tensorboard --logdir runs/tensorboard
 
-One chart for each layer and number: how often its factor has learnt, the norm of the last update, the norm of
-the factor. ``rate`` is the share that layers move. If ``refused`` grows, gradients are not finite; if ``resets``
-does, factors no longer were.
+One chart for each layer and number: how often its factor has learnt, the norm of the last update, the norm
+of the factor. ``rate`` is the share that layers move. If ``refused`` grows, losses or gradients were not
+finite; if ``resets`` does, a factor was not.
 """
 
 import argparse
