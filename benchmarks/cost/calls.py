@@ -4,9 +4,9 @@
 
 Views and allocations are counted apart: they start no kernel, but are calls of the host all the same. Counted
 on a CPU, with a batch of four images; on a GPU a call for many tensors starts several kernels, or few.
-KF-BFGS is the default, as in `step_time`, and KF-BFGS(L), which has second passes; a line is the median step of
-its kind among the 11th to the 31st. The same code prints the same numbers: compare the output of two commits
-with `diff`.
+KF-BFGS is the default, as in `step_time`, and KF-BFGS(L), which has second passes; a line is the median step
+of its kind among the 11th to the 31st. The same code prints the same numbers: compare the output of two
+commits with `diff`.
 """
 
 import argparse
