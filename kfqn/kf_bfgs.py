@@ -62,10 +62,10 @@ class KFBFGS(Kronecker):
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number factors learn more
-            often at first: at each of the first 20 steps, then at gaps of about a tenth of the steps so far. 1
-            is the paper's method to the letter. With an automatic rate every third gap is one step longer
-            (`kfqn.steps.cadence`).
+            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number factors learn
+            more often at first: at each of the first 20 steps, then at gaps of about a tenth of the steps so
+            far; 1 is the paper's method to the letter. With an automatic rate every third gap is one step
+            longer (`kfqn.steps.cadence`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept

@@ -8,8 +8,8 @@ step's time over SGD's in the same round. Memory is what the allocator is asked 
 step, at its peak, and what the state holds afterwards.
 
 KF-BFGS is as it comes, without settings, and its steps are filed by their kind: those in which H_A learns,
-about every tenth, or in KF-BFGS(L) with a second pass, and those without learning. "At the cadence" is what
-one of the former and nine of the latter cost in the mean.
+about every 40th, or in KF-BFGS(L) with a second pass, and those without learning. "At the cadence" is what
+one of the former and 39 of the latter cost in the mean.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from kfqn.race.problems.resnet import resnet20
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 OTHER_SIZE = 512  # max_factor_size beside the default, 256
-INTERVAL = 10  # the default curvature_interval
+INTERVAL = 40  # the default curvature_interval
 WARM_UP = 2  # the first step sets up the state, the second warms caches
 *LEARNING, WITHOUT = KINDS = ("with a second pass", "with A learnt", "without learning")
 
