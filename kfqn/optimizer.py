@@ -36,7 +36,8 @@ class Kronecker(torch.optim.Optimizer):
         groups, others, process_group, shard_factors, error_if_nonfinite: as for `KFBFGS`.
 
     A step of one process waits for the device once, to see that loss, gradients and directions are finite,
-    when all of them have been asked for. What a group keeps while running is its ``progress``.
+    when all of them have been asked for; where `kfqn.curvature.input_factor.AveragedRoot` learns, once more
+    for each layer. What a group keeps while running is its ``progress``.
 
     Raises:
         TypeError, ValueError: as `KFBFGS`.
