@@ -1,4 +1,4 @@
-"""How everything here is timed and trained: ways in turn, epochs, and how many passes a step took."""
+"""How everything here is timed and trained: ways in turn, epochs, and of what kind a step was."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,39 +48,38 @@ def in_turn(
 
 
 @dataclass
-class Passes:
-    """The passes through a model in one step: forward, and backward as far as its first layer."""
+class Watch:
+    """What was seen in one step with a closure: passes through the model, and whether H_A has changed."""
 
-    forward: int = 0
-    backward: int = 0
+    passes: int = 0
+    learnt: bool = False
 
     @property
     def kind(self) -> str:
-        """What a step with a closure was, by the passes that it took."""
-        if self.forward == 1:
-            return "without a second pass"
-        if self.forward == 2:
-            return "with a second pass" if self.backward == 2 else "for the loss alone"
-        return "with a check"
+        """What the step was."""
+        if self.passes > 1:
+            return "with a second pass"
+        return "with A learnt" if self.learnt else "without learning"
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Passes]:
-    """Count the passes through ``model`` inside."""
-    passes = Passes()
+def watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Watch]:
+    """Watch one step inside."""
+    watch, before = Watch(), _versions(optimizer)
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
-    def backward(_: Tensor) -> None:
-        passes.backward += 1
-
-    def forward(_: nn.Module, __: object, output: Tensor) -> None:
-        passes.forward += 1
-        if output.requires_grad:
-            output.register_hook(backward)
+    def forward(*_: object) -> None:
+        watch.passes += 1
 
     handle = first.register_forward_hook(forward)
-    yield passes
+    yield watch
     handle.remove()
+    watch.learnt = before != _versions(optimizer)
+
+
+def _versions(optimizer: torch.optim.Optimizer) -> list[int]:
+    """How often each H_A has been written, which reads nothing from the device."""
+    return [state["H_A"]._version for state in optimizer.state.values() if "H_A" in state]
 
 
 def epoch(

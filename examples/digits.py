@@ -43,10 +43,10 @@ def network() -> nn.Sequential:
 def report(
     losses: Sequence[float | Tensor], model: Model, optimizer: kfqn.KFBFGS, test: TensorDataset
 ) -> None:
-    """First and last loss, test accuracy, and how often H_G has learnt from a step."""
+    """First and last loss, test accuracy, and how often H_A has learnt from a step."""
     x, y = test.tensors
     accuracy = (model(x).argmax(1) == y).double().mean()
     print(f"loss {losses[0]:.6g} at first, {losses[-1]:.6g} at last; test accuracy {accuracy:.3f}")
     for name, layer in optimizer.diagnostics().items():
         if name:
-            print(f"layer {name}: {layer['steps']:.0f} steps, G taken {layer['G taken']:.0f}")
+            print(f"layer {name}: {layer['steps']:.0f} steps, A taken {layer['A taken']:.0f}")

@@ -1,11 +1,10 @@
-"""Hugging Face's Trainer, taught the second pass in a few lines: a small vision transformer learns digits.
+"""Hugging Face's Trainer, as it is: a small vision transformer learns digits.
 
     python examples/huggingface_trainer.py                     # steps of 128 images
-    python examples/huggingface_trainer.py --micro-batches 4   # of 4 × 32: the same, but for rounding
+    python examples/huggingface_trainer.py --micro-batches 4   # of 4 × 32: nearly the same
 
-The Trainer never gives ``step`` a closure. `TwoPassTrainer` runs the micro-batches of a step again as soon
-as it is taken, with the Trainer's own ``training_step``, so devices, precision and how losses are
-weighted are those of the first pass.
+Give it ``optimizers=(optimizer, None)``. Its own scheduler, by default a line from 1 to 0, then is a factor
+of the share that layers move.
 """
 
 import argparse
@@ -16,33 +15,6 @@ from digits import digits, report
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import kfqn
-
-
-class TwoPassTrainer(Trainer):
-    """A Trainer for optimizers that look at a batch twice: give it ``optimizers=(optimizer, None)``."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.optimizer.register_step_post_hook(self.look_again)
-
-    def get_batch_samples(self, *args, **kwargs):
-        self.samples = super().get_batch_samples(*args, **kwargs)  # the micro-batches of the next step
-        self.loss = 0.0  # the sum of theirs
-        return self.samples
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.loss = self.loss + loss
-        return loss
-
-    def look_again(self, optimizer, *_):
-        scaler = self.accelerator.scaler
-        micro_batches, items = self.samples
-        scale, before, self.loss = scaler.get_scale() if scaler else 1.0, self.loss, 0.0
-        with optimizer.second_pass(before, loss_scale=scale) as again:
-            for inputs in micro_batches:
-                self.training_step(self.model_wrapped, inputs, items)
-            again.loss = self.loss
 
 
 def main():
@@ -70,7 +42,7 @@ def main():
             use_cpu=True,
         )
         data = [{"pixel_values": x, "labels": y} for x, y in train]
-        trainer = TwoPassTrainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
+        trainer = Trainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     report(losses, lambda x: model(x).logits, optimizer, test)

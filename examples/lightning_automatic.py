@@ -2,11 +2,9 @@
 
     python examples/lightning_automatic.py
 
-Lightning gives ``step`` a closure that runs ``training_step`` and the backward pass. It is run twice, so what
-``training_step`` logs is counted twice, before the step and after. The loss before it is what ``step``
-returns: log that, in ``optimizer_step`` as here. With ``accumulate_grad_batches`` the closure runs the
-last batch only, so H_G learns from that one, and all else from all of them: for steps that equal those of one
-large batch see ``lightning_manual.py``.
+In checkpoints and in validation the model has its averaged weights. With a number for ``lr`` `KFBFGS` runs
+``training_step`` again after some steps, and what it logs is then counted twice: log what ``optimizer.step``
+returns, in ``optimizer_step``.
 """
 
 import lightning
@@ -29,12 +27,10 @@ class Digits(lightning.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return F.cross_entropy(self(x), y)
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
-        loss = optimizer.step(closure=optimizer_closure)
+        loss = F.cross_entropy(self(x), y)
         self.log("loss", loss)
-        self.losses.append(loss)
+        self.losses.append(loss.detach())
+        return loss
 
     def configure_optimizers(self):
         optimizer = kfqn.KFBFGS(self)
@@ -44,11 +40,11 @@ class Digits(lightning.LightningModule):
 
 
 def main():
-    """Train for five epochs."""
+    """Train for ten epochs."""
     train, test = digits()
     model = Digits()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", enable_checkpointing=False, **quiet)
+    trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", enable_checkpointing=False, **quiet)
     trainer.fit(model, batches(train, 128))
     report(model.losses, model, model.optimizers().optimizer, test)
 

@@ -21,26 +21,26 @@ from kfqn.steps.rule import Members, Proposal, StepRule
 
 @final
 @dataclass(frozen=True)
-class ShareOfNorms(StepRule):
+class ShareOfTheNorm(StepRule):
     """Every layer moves by share × ‖W‖ / √k, times ``lr`` of its group."""
 
-    share: float = 0.2
+    share: float = 0.1
 
     def begin(self, members: Members) -> None:
         for group, _ in members:
-            note(group, taken=group["progress"]["taken"] + 1)
+            note(group, steps=group["progress"]["steps"] + 1)
 
     def rate(self, group: Group) -> float:
-        return self.share * float(group["lr"]) / math.sqrt(max(1, group["progress"]["taken"]))
+        return self.share * float(group["lr"]) / math.sqrt(max(1, group["progress"]["steps"]))
 
     def scale(self, group: Group) -> float:
-        return 1.0
+        return 1.0  # the rate of parameters without factors stays as it is
 
     def shares(self, members: Members, proposals: Mapping[Layer, Proposal]) -> dict[Layer, float]:
-        return {layer: own.norm_W / own.norm if own.norm > 0 else 0.0 for layer, own in proposals.items()}
+        return {layer: own.norm_W / own.norm if own.norm else 0.0 for layer, own in proposals.items()}
 
     def kept(self) -> dict[str, Any]:
-        return {"taken": 0}
+        return {"steps": 0}
 
     def report(self, members: Members) -> dict[str, float]:
         return {"rate": self.rate(members[0].group)}
@@ -50,12 +50,15 @@ def main(epochs: int = 3) -> float:
     """Train, and return the last mini-batch's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
-    optimizer = kfqn.KFBFGS(model, lr=1.0, damping=3.0, parts=kfqn.Parts(steps=ShareOfNorms()))
+    optimizer = kfqn.KFBFGS(model, parts=kfqn.Parts(steps=ShareOfTheNorm()))
     generator = torch.Generator().manual_seed(0)
     loss = torch.zeros(())
     for epoch in range(epochs):
         for x, y in digits().training_batches(128, generator):
-            loss = optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
         print(f"epoch {epoch + 1}: loss of the last mini-batch {float(loss.detach()):.3f}")
     return float(loss.detach())
 

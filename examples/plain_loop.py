@@ -1,7 +1,7 @@
-"""A training loop of one's own: two ways into a step, a scheduler, and a checkpoint to resume from.
+"""A training loop of one's own, with a scheduler, and a checkpoint to resume from.
 
-    python examples/plain_loop.py                       # steps with a closure
-    python examples/plain_loop.py --by-hand             # the same weights, to the bit, without closures
+    python examples/plain_loop.py
+    python examples/plain_loop.py --closure             # the same weights, to the bit
     python examples/plain_loop.py --checkpoint run.pt --stop-after 2; \
     python examples/plain_loop.py --checkpoint run.pt   # goes on where the first stopped
 """
@@ -16,29 +16,25 @@ from digits import batches, digits, network, report
 import kfqn
 
 
-def step_with_closure(model, optimizer, x, y):
-    """The optimizer calls the closure before the step and, where it learns curvature, after it."""
-    return optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
-
-
-def step_by_hand(model, optimizer, x, y):
-    """The usual three lines, then at some steps the same batch once more, from which it learns."""
+def usual_step(model, optimizer, x, y):
+    """The usual lines."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     optimizer.step()
-    if optimizer.second_pass_due:
-        with optimizer.second_pass(loss) as again:
-            again.loss = F.cross_entropy(model(x), y)
-            again.loss.backward()
     return loss
+
+
+def step_with_closure(model, optimizer, x, y):
+    """The same in one line, which works with any optimizer of torch, too."""
+    return optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
 
 
 def main():
     """Train for some epochs, or for those that the checkpoint has left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--by-hand", action="store_true")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--closure", action="store_true")
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--stop-after", type=int, help="stop after this many epochs, of a longer run")
     parser.add_argument("--checkpoint", type=Path, help="written after every epoch, resumed from if there")
     args = parser.parse_args()
@@ -47,7 +43,7 @@ def main():
     model, loader = network(), batches(train, 128)
     optimizer = kfqn.KFBFGS(model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    step, losses, first = step_by_hand if args.by_hand else step_with_closure, [], 0
+    step, losses, first = step_with_closure if args.closure else usual_step, [], 0
     if args.checkpoint and args.checkpoint.exists():
         saved = torch.load(args.checkpoint)
         model.load_state_dict(saved["model"])

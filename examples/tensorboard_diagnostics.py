@@ -3,8 +3,9 @@
     python examples/tensorboard_diagnostics.py --logdir runs/tensorboard
     tensorboard --logdir runs/tensorboard
 
-One chart for each layer and number: how often a factor has learnt or a pair was damped, the norm of the
-last update, the norms of the factors. If ``resets`` or ``refused`` grow, try a smaller learning rate.
+One chart for each layer and number: how often its factor has learnt, the norm of the last update, the norm
+of the factor. ``rate`` is the share that layers move. If ``refused`` grows, losses or gradients were not
+finite; if ``resets`` does, a factor was not.
 """
 
 import argparse
@@ -28,7 +29,11 @@ def main():
     with SummaryWriter(args.logdir) as writer:
         for epoch in range(5):
             for x, y in loader:
-                losses.append(optimizer.step(kfqn.closure(model, x, y, F.cross_entropy)).item())
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
             writer.add_scalar("loss", sum(losses[-len(loader) :]) / len(loader), epoch)
             for layer, numbers in optimizer.diagnostics().items():
                 for name, value in numbers.items():

@@ -58,9 +58,10 @@ def closure(
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     One of your own must clear the gradients, compute the loss as a mean over the batch, call ``backward`` and
-    return the loss; of the same batch, to the same effect, each time it is called, because it is called
-    again after the step. Buffers of the model, and the global random numbers of torch, Python and NumPy, then
-    are where they were; generators and counters of your own are not.
+    return the loss. `KFBFGS(model)` calls it once. With a number for ``lr``, and in `KFLBFGS` and `KFAC`, it
+    is called again after some steps or all, and then must use the same batch, to the same effect. Buffers of
+    the model, and the global random numbers of torch, Python and NumPy, are then where they were; generators
+    and counters of your own are not.
 
     It may read, scale, clip or replace ``.grad`` after ``backward``, call ``backward`` several times, have
     gradients in the loss (`torch.autograd.grad`, also batched), and differentiate parameters (MAML). Second

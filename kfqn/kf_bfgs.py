@@ -33,37 +33,39 @@ class KFBFGS(Kronecker):
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
     Args:
-        model: the network, all of what the loss trains: the second pass leaves no trace in it, but would
-            in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers, whose
-            inputs have the batch first, get factors, as do subclasses that keep ``forward`` and Transformers'
-            `Conv1D`; see ``others`` for what else it trains. Frozen parameters are ignored.
-        lr: the learning rate α, or "auto", which is ours (`docs/method.md`): one pass a step, without H_G, along
-            directions that are orthogonalised (`kfqn.formulas.orthogonal`), every layer by the same share of a
-            usual initialisation's norm, which falls with the steps (`kfqn.steps.relative`), and the model holds
-            an average of its weights between steps (`kfqn.iterates`). ``lr`` in the group is then a factor of
-            it, for schedulers, 1 being all; a warning says where it looks like a learning rate. A number is the
-            method of the paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow
-            with the damping and lie far above those of SGD, and too large a one ends in NaN.
+        model: the network, all of what the loss trains: a second pass, where there is one, leaves no trace
+            in it, but would in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers,
+            whose inputs have the batch first, get factors, as do subclasses that keep ``forward`` and
+            Transformers' `Conv1D`; see ``others`` for what else it trains. Frozen parameters are ignored.
+        lr: the learning rate α, or "auto", which is our own method (`docs/method.md`): one pass a step, H_A
+            alone, directions that are orthogonalised (`kfqn.formulas.orthogonal`), and every layer moves by
+            the same share of a usual initialisation's norm, which falls with the steps
+            (`kfqn.steps.relative`). Between steps the model holds an average of its weights
+            (`kfqn.iterates`). ``lr`` in the group is then a factor of that share, from 1 to 0, for
+            schedulers; a warning says where it looks like a learning rate. A number is the method of the
+            paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the
+            damping and lie far above those of SGD, and too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A relative to each layer's A, and
-            λ_G to the curvature that it meets (`kfqn.formulas.damping`), with ``damping`` in the
-            group as a factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
+            λ_G to the curvature that H_G meets (`kfqn.formulas.damping`), with ``damping`` in the group as a
+            factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
             ``lr=30, damping=30``.
         beta: decay of the averages of the gradient and of the pair (s_G, y_G). With an automatic ``lr`` the
-            step averages the mini-batch's gradient in once more, Nesterov's momentum. ``momentum`` in a group,
-            which OneCycleLR and CyclicLR cycle unless told otherwise, takes its place for the gradient; that of
-            ``others`` stays.
+            step averages the mini-batch's gradient in once more, Nesterov's momentum. ``momentum`` in a
+            group, which OneCycleLR and CyclicLR cycle unless told otherwise, takes its place for the
+            gradient; that of ``others`` stays.
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer; of a bias it is
             this times ``bias_decay`` of its group, 1 unless groups give weights and biases different decays.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
-            with an automatic rate by the share that layers move × ``weight_decay``.
+            with an automatic rate by the share that layers move, 0.04 at first, × ``weight_decay``.
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
         curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number for ``lr`` factors learn more often at first: at each of the first
-            20 steps, then at gaps of about a tenth of the steps so far. 1 is the paper's method to the letter.
-            With an automatic one every third gap is one step longer (`kfqn.steps.cadence`).
+            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number factors learn
+            more often at first: at each of the first 20 steps, then at gaps of about a tenth of the steps so
+            far; 1 is the paper's method to the letter. With an automatic rate every third gap is one step
+            longer (`kfqn.steps.cadence`).
         max_factor_size: keep only blocks on the diagonal of factors with more rows than this, the fewest and
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept

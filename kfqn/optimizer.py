@@ -36,7 +36,8 @@ class Kronecker(torch.optim.Optimizer):
         groups, others, process_group, shard_factors, error_if_nonfinite: as for `KFBFGS`.
 
     A step of one process waits for the device once, to see that loss, gradients and directions are finite,
-    when all of them have been asked for. What a group keeps while running is its ``progress``.
+    when all of them have been asked for; where `kfqn.curvature.input_factor.AveragedRoot` learns, once more
+    for each layer. What a group keeps while running is its ``progress``.
 
     Raises:
         TypeError, ValueError: as `KFBFGS`.
@@ -77,17 +78,20 @@ class Kronecker(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:
-        """One step: a pass, the update of the weights, a second pass, the update of curvature.
+        """One step: a pass, the update of the weights, the update of curvature.
 
         ``closure`` clears the gradients, computes the loss as a mean over the batch,
-        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run again where H_G or Γ
-        learns (three times in KFAC's first step without a warm start), and must use the same batch every
-        time; what else it must and may do: `kfqn.closure`. All runs but the first
-        leave no trace in the model (`kfqn.passes.replay`). Several forward passes, each followed by its
-        backward pass, are micro-batches of one batch. A layer that the batch gives no gradient is left as it
-        is, and of an empty batch all are.
+        calls ``backward`` and returns the loss; `kfqn.closure` makes one. It is run once, and again where H_G
+        or Γ learns, as with a number for ``lr``, in `KFLBFGS` and in `KFAC` (three times in KFAC's first step
+        without a warm start). It must use the same batch every time; what else it must and may do:
+        `kfqn.closure`. All runs but the first leave no trace in the model (`kfqn.passes.replay`). Several
+        forward passes, each followed by its backward pass, are micro-batches of one batch. A layer that
+        the batch gives no gradient is left as it is, and of an empty batch all are.
 
-        Without a closure the gradients are those that are there, and nothing is learnt before `second_pass`.
+        Without a closure the gradients are those that are there; H_G, if any, learns in `second_pass`.
+
+        With ``lr="auto"`` training passes see the weights z that steps are taken with; when the step has been
+        taken, the model holds their average (`kfqn.iterates`).
 
         A step whose loss or gradients are not finite is refused: weights and state stay as they are,
         and it is counted, with a warning the first time; with ``error_if_nonfinite`` it raises
@@ -139,7 +143,7 @@ class Kronecker(torch.optim.Optimizer):
 
     @property
     def second_pass_due(self) -> bool:
-        """Whether a second pass over the last step's batch is learnt from (``curvature_interval``)."""
+        """Whether H_G would learn from a second pass over the last step's batch: never in `KFBFGS(model)`."""
         return bool(self.training.context.firsts)
 
     @contextlib.contextmanager
@@ -148,7 +152,7 @@ class Kronecker(torch.optim.Optimizer):
     ) -> Iterator[Handle]:
         """Inside, run forward and backward again over the batch of the step just taken; it is learnt from.
 
-        For a training loop without closures::
+        For a training loop without closures, where H_G learns: with a number for ``lr``, and in `KFLBFGS`::
 
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -201,7 +205,8 @@ class Kronecker(torch.optim.Optimizer):
         smallest; 0 for a method without). Now: the Frobenius norm of every factor. The entry ``""`` has
         ``refused``, how many steps were refused because a loss or gradient was not finite.
 
-        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move.
+        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move
+        in a step, schedule and fall included.
         """
         return diagnostics.report(self.training)
 

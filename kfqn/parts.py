@@ -34,7 +34,7 @@ class Parts:
 
     ``input`` and ``output`` are the factors H_A and H_G, ``damping`` what is added to both; ``curved_only``
     says that pairs with sᵀy ≤ 0 are left out, and not damped; ``average`` is what directions are taken of,
-    and ``direction`` what becomes of them; ``steps`` says how long they are, ``cadence`` when the factors
+    and ``direction`` what becomes of them; ``steps`` says how long steps are, ``cadence`` when the factors
     learn, and ``weights`` which average of its weights the model holds between steps.
     """
 

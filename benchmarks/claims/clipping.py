@@ -1,4 +1,4 @@
-"""Whether gradients that are clipped in a closure train as others do: `kfqn.steps.trust` corrects slopes.
+"""Whether gradients that are clipped train as others do: steps have one length, so only averages can differ.
 
     python -m benchmarks.claims.clipping [--seeds 12]
 

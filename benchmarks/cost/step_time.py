@@ -7,10 +7,9 @@ step, so that a machine that slows down slows all of them; a ratio is the median
 step's time over SGD's in the same round. Memory is what the allocator is asked for in one more
 step, at its peak, and what the state holds afterwards.
 
-KF-BFGS is as it comes, without settings but for a factor on its rate, and its steps are filed by the passes
-that they took: with a second pass (every tenth), with one for the loss alone, with a check of the losses, and
-without. "At the cadence" is what one of the first kind and nine of the last cost in the mean, the price of
-later steps; the mean of those that were taken is the price of the first steps.
+KF-BFGS is as it comes, without settings, and its steps are filed by their kind: those in which H_A learns,
+about every 40th, or in KF-BFGS(L) with a second pass, and those without learning. "At the cadence" is what
+one of the former and 39 of the latter cost in the mean.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,33 +35,16 @@ from kfqn.race.problems.resnet import resnet20
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 OTHER_SIZE = 512  # max_factor_size beside the default, 256
-INTERVAL = 10  # the default curvature_interval
+INTERVAL = 40  # the default curvature_interval
 WARM_UP = 2  # the first step sets up the state, the second warms caches
-WITH, ALONE, CHECK, WITHOUT = KINDS = (
-    "with a second pass",
-    "for the loss alone",
-    "with a check",
-    "without a second pass",
-)
-
-
-def slowly(method: Callable[..., torch.optim.Optimizer], **settings: Any) -> Make:
-    """One that moves little, by a factor as a scheduler's: a loss that reached 0 could not judge steps."""
-
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = method(model, **settings)
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.05
-        return optimizer
-
-    return make
+*LEARNING, WITHOUT = KINDS = ("with a second pass", "with A learnt", "without learning")
 
 
 OURS: Mapping[str, Make] = {
-    "KF-BFGS": slowly(kfqn.KFBFGS),
-    "KF-BFGS(L)": slowly(kfqn.KFLBFGS),
-    "KF-BFGS, whole factors": slowly(kfqn.KFBFGS, max_factor_size=None),
-    f"KF-BFGS, factors up to {OTHER_SIZE}": slowly(kfqn.KFBFGS, max_factor_size=OTHER_SIZE),
+    "KF-BFGS": kfqn.KFBFGS,
+    "KF-BFGS(L)": kfqn.KFLBFGS,
+    "KF-BFGS, whole factors": partial(kfqn.KFBFGS, max_factor_size=None),
+    f"KF-BFGS, factors up to {OTHER_SIZE}": partial(kfqn.KFBFGS, max_factor_size=OTHER_SIZE),
 }
 
 OPTIMIZERS: dict[str, Make] = {
@@ -97,7 +78,7 @@ def small_layers(classes: int) -> nn.Module:
 def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> str:
     """What kind of step it was."""
     closure = kfqn.closure(model, x, y, F.cross_entropy)
-    with watched(model) as passes:
+    with watched(model, optimizer) as watch:
         if type(optimizer).__module__.startswith("singd"):  # takes no closure
             closure()
             optimizer.step()
@@ -105,7 +86,7 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
             optimizer.step(closure)  # type: ignore[arg-type]
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
-    return passes.kind
+    return watch.kind
 
 
 def peak_bytes(step: Callable[[], str], device: torch.device) -> tuple[int, str]:
@@ -182,10 +163,10 @@ def measure(
 
 
 def peaks_of(step: Callable[[], str], kinds: set[str], device: torch.device) -> dict[str, int]:
-    """The peak of one step of every kind that comes within ten."""
+    """The peak of one step of every kind."""
     found: dict[str, int] = {}
-    for _ in range(INTERVAL):
-        if kinds - {CHECK} <= found.keys():
+    for _ in range(INTERVAL + 1):
+        if kinds <= found.keys():
             break
         gc.collect()
         peak, kind = peak_bytes(step, device)
@@ -210,12 +191,11 @@ def show(found: Mapping[str, Price]) -> None:
             label = name if len(ratios) == 1 else f"{name}: {kind}"
             line = f"  {label:<44}{len(ratios[kind]):>6}{median:>7.2f}  {quartiles:<13}{memory}"
             print(f"{line}{price.state / 1e6:>11.1f}", flush=True)
-        if {WITH, WITHOUT} <= ratios.keys():
-            once, without = statistics.median(ratios[WITH]), statistics.median(ratios[WITHOUT])
+        learning = [kind for kind in LEARNING if kind in ratios]
+        if learning and WITHOUT in ratios:
+            once, without = statistics.median(ratios[learning[0]]), statistics.median(ratios[WITHOUT])
             mean = (once + (INTERVAL - 1) * without) / INTERVAL
             print(f"  {f'{name}: at the cadence of {INTERVAL}':<44}{'':>6}{mean:>7.2f}", flush=True)
-            mean = sum(len(of_kind) * statistics.median(of_kind) for of_kind in ratios.values()) / len(sgd)
-            print(f"  {f'{name}: the first steps':<44}{len(sgd):>6}{mean:>7.2f}", flush=True)
 
 
 def main() -> None:

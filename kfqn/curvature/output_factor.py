@@ -112,7 +112,7 @@ class LBFGS(OutputFactor):
 @final
 @dataclass(frozen=True)
 class NoOutputFactor(OutputFactor):
-    """H_G = I; no second pass is needed for it."""
+    """H_G = I: there is no second pass (``lr="auto"`` in `KFBFGS`)."""
 
     learns = False
 

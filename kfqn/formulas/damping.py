@@ -3,9 +3,9 @@
 λ_A is a hundredth of ‖A‖, Frobenius' norm of the A that H_A starts from: where inputs have a large mean, as
 after ReLU, about A's largest eigenvalue, that of the mean. Where a mini-batch has fewer a_t than they have
 entries, C, it is larger in proportion: such an A is singular, and along directions that it does not tell
-about a step would be made for its own batch alone. λ_G is the average of ‖y_G‖/‖s_G‖, the curvature that is
-met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G that is kept is λ_G
-times the inverse Hessian, and starts from I whatever the units of the loss are.
+about a step would be made for its own batch alone. Where H_G learns, λ_G is the average of ‖y_G‖/‖s_G‖, the
+curvature that is met; a pair is learnt in units of it, (s, y/λ_G), damped with μ₂ = 1, so that the H_G that
+is kept is λ_G times the inverse Hessian, and starts from I whatever the units of the loss are.
 
 Nothing here reads a number back to the host.
 """
@@ -20,7 +20,7 @@ LEAST_WEIGHT = 0.05  # of a new pair in the average; the first ones weigh more
 
 
 def damping_A(A: Tensor, for_each: Tensor) -> Tensor:
-    """λ_A, (*g,), of A (*g, C, C), (M16); 1 where nothing has come in yet.
+    """λ_A, (*g,), of A (*g, C, C), as in (M1); 1 where nothing has come in yet.
 
     ``for_each``, (), is how many a_t a mini-batch has for each of their entries (all, where A is in blocks).
     """
@@ -32,7 +32,7 @@ def damping_A(A: Tensor, for_each: Tensor) -> Tensor:
 
 
 def damping_G(lambda_G: Tensor, s: Tensor, y: Tensor, steps: Tensor) -> Tensor:
-    """λ_G, (*g, 1), with a pair (*g, I) averaged in, (M18): all of it the first time, where it is 0.
+    """λ_G, (*g, 1), with a pair (*g, I) averaged in: all of it the first time, where it is 0.
 
     ``steps``, (*g, 1), have been taken before; a pair without a size leaves λ_G as it was.
     """

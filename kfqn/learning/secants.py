@@ -1,4 +1,4 @@
-"""What factors learn when the second pass is over: lines 14 to 18 of Algorithm 2, many layers at a time."""
+"""What factors learn after a step: lines 14 to 18 of Algorithm 2, many layers at a time."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from kfqn.training import Records, Training
 def learn_from(
     training: Training, firsts: Mapping[Layer, First], records: Records, loss_scale: float
 ) -> None:
-    """H_A of every layer, and H_G of those with pairs, given what was seen in the second pass."""
+    """H_A of every layer, and H_G of those with pairs, given what a second pass has shown of them."""
     groups, with_pairs = training.groups, [layer for layer, first in firsts.items() if first.h_Dh]
     means: Mapping[Any, Tensor] = {}
     if with_pairs:
@@ -96,7 +96,7 @@ def learn_G(
     rows = Rows.of(s)
     s_G, y_G, Hy_G = map(rows.join, (s, y, Hy))
     ratio = dot(s_G, y_G) / dot(y_G, Hy_G)
-    if parts.curved_only:  # one without curvature says nothing (M19)
+    if parts.curved_only:  # one without curvature says nothing
         s_G, y_G, Hy_G = (torch.where(ratio > 0, x, 0.0) for x in (s_G, y_G, Hy_G))
     damped = double_damping(s_G, y_G, Hy_G, mu1=group["mu1"], mu2=mu2)  # line 17
     used = output.learn_(states, rows, *damped)  # line 18

@@ -1,4 +1,4 @@
-"""The second pass over a batch, after its step (lines 10 and 11 of Algorithm 2), and what follows from it."""
+"""The second pass over a batch, after its step, for H_G (lines 10 and 11 of Algorithm 2)."""
 
 import contextlib
 from collections.abc import Callable, Iterator

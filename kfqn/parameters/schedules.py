@@ -1,9 +1,9 @@
-"""Whether the ``lr`` of a group with an automatic rate is a factor of what is found, or looks like a rate."""
+"""Whether the ``lr`` of a group with an automatic rate is a factor of it, or looks like a rate itself."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
-_WATCHED = 20  # steps after which a factor of what is found is told from a learning rate
+_WATCHED = 20  # steps after which a factor is told from a learning rate
 _FACTOR = 0.1  # a factor reaches this at some time
 _RISING = 1e-3  # and this even early in a long warm-up
 
@@ -23,7 +23,7 @@ def with_factor(seen: Factors, lr: float) -> Factors:
 
 
 def looks_absolute(seen: Factors, group: Mapping[str, Any]) -> bool:
-    """Whether an automatic group's ``lr`` looks like a learning rate, and not like a factor of what is found.
+    """Whether an automatic group's ``lr`` looks like a learning rate, and not like a factor from 1 to 0.
 
     A schedule of factors is at 0.1 or more at some time: at first if it decays, and later if it warms up,
     where it keeps rising until then and is at 0.001 or more after 20 steps; or it says so itself, by
@@ -51,7 +51,7 @@ class FactorCheck:
             if looks_absolute(seen, group):
                 warn(
                     f"lr in a group was at most {seen.largest:g} in {seen.steps} steps, which looks like a "
-                    "learning rate, but with lr='auto' it is a factor of what is found, 1 being all of it: "
-                    "leave it at 1, let a schedule go from 1 to 0, or give the optimizer a number for lr.",
+                    "learning rate, but with lr='auto' it is a factor of the share that layers move, 1 being "
+                    "all of it: leave it at 1, let a schedule go from 1 to 0, or give a number for lr.",
                     "lr",
                 )

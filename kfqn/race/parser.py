@@ -143,7 +143,7 @@ def add_schedule(command: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=OF_TRAINER_CHOICES["schedule"],
         help="what learning rates follow after the warm-up, of every optimizer that names no schedule, "
-        "warmup or floor itself; not of those that find the lengths of their steps, kfbfgs:auto, "
+        "warmup or floor itself; not of those whose steps have lengths of their own, kfbfgs:auto, "
         "kflbfgs:auto and lbfgs, unless they say so: kfbfgs:auto:schedule=cosine (default: constant; on the "
         "development set cosine)",
     )

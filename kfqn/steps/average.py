@@ -54,7 +54,7 @@ class Averaged(GradientAverage):
 @final
 @dataclass(frozen=True)
 class Nesterov(GradientAverage):
-    """The same, with the mini-batch's gradient averaged in once more: Nesterov's momentum, (M1)."""
+    """The same, with the mini-batch's gradient averaged in once more: Nesterov's momentum, (M2)."""
 
     keeps = True
 

@@ -31,7 +31,7 @@ class Latest(WeightAverage):
 @final
 @dataclass(frozen=True)
 class PolynomialAverage(WeightAverage):
-    """c = (p + 1)/(k + p), of about the last 1/(p + 1) of the steps; nearer to z where ``lr`` is lower.
+    """c = (p + 1)/(k + p), of about the last 1/(p + 1) of the steps; nearer to z where ``lr`` is lower (M6).
 
     Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization" (2013), section 4. No length
     of training has to be known. A schedule that ends at 0 ends with x = z.

@@ -22,7 +22,7 @@ class Entrant:
     ``required`` names the settings that must be given, ``options`` those that may be; both are numbers.
     ``choices`` are options as well, each one of some words: {"direction": ("plain", "orthogonal")}. An
     ``automatic`` one needs none, and starts from its first mini-batch, as the optimizer does by default.
-    One that finds the lengths of its steps is ``scheduled`` only where it says so itself.
+    One whose steps have lengths of their own is ``scheduled`` only where it says so itself.
     """
 
     name: str
