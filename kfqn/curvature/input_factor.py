@@ -20,7 +20,8 @@ from kfqn.parameters.groups import State
 from kfqn.parameters.layers import Layer
 
 REMEMBERED = 0.8  # of A is left at each mini-batch that is learnt from
-ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken
+ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken,
+SPARSEST = 8  # and of every eighth datum at least
 
 
 class InputFactor(ABC):
@@ -171,7 +172,7 @@ class AveragedRoot(InputFactor):
 
     def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
         vectors = len(a) * math.prod(inputs.locations(a))
-        every = max(1, min(len(a), vectors // (ENOUGH * inputs.columns)))
+        every = max(1, min(SPARSEST, vectors // (ENOUGH * inputs.columns)))
         return second_moment(inputs, a[::every])
 
     def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
