@@ -1,9 +1,9 @@
 """What each part of `kfqn.KFBFGS(model)` is worth: one taken out, or replaced, at a time, at real scale.
 
-    python -m benchmarks.claims.ablation --data-dir DIR [--problems …] [--seeds 2] [--schedule cosine] [--epochs N]
+    python -m benchmarks.claims.ablation --data-dir DIR [--problems …] [--seeds 2] [--schedule cosine]
 
-Runs `kfqn race`, in runs/ablation, so that it resumes, and finished runs are not done again; prints a table of
-what each problem goes by (test error, validation loss) after each third of the run, and CPU seconds.
+Runs `kfqn race`, in runs/ablation, so that it resumes, and finished runs are not done again; prints a table
+of what each problem goes by (test error, validation loss) after each third of the run, and CPU seconds.
 """
 
 import argparse
