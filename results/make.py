@@ -174,7 +174,11 @@ def read(file: Path) -> Race:
             ON_CPU if config.device == "cpu" else RACE, quantities=PROBLEMS[config.problem].quantities
         )
         field = [Result(runs, measure) for runs in groups.values()]
-    conditions = json.loads(file.read_text(encoding="utf-8"))["conditions"]
+    race = json.loads(file.read_text(encoding="utf-8"))
+    conditions = race["conditions"]
+    for key in ("commit", "date"):  # of runs that were done again they are others
+        own = [run.get("conditions", {}).get(key) for run in race["runs"]]
+        conditions.setdefault(key, " and ".join(sorted({value for value in own if value})))
     return Race(file.stem, config, conditions, sorted(field, key=lambda s: s.final))
 
 
