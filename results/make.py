@@ -45,14 +45,14 @@ SHOWN = (("SGD-m, Adam, AdamW: the best", FIRST_ORDER), ("Muon", ("muon",)), ("S
 
 INTRODUCTION = """
 Made by `python results/make.py write` from the files in [results](../results), each of one race with its
-command, conditions and epochs; edit nothing here. What was tried on the way, and the paper's own figures, is
-in the [notebook](notebook/README.md). **KF-BFGS, auto** is `kfqn.KFBFGS(model)` without a setting; the others
-have the best values of a grid ([tuned.json](../kfqn/race/entrants/tuned.json), [sweeps](sweeps)), on the
-development set their usual ones and others, under warm-up and cosine. Training loss: of the last weights,
-over the training images without augmentation. Losses and errors: means over seeds ± standard error. Seconds: of training alone, on a CPU those of the process; medians to a loss. *To X*: to the
-lowest loss that all who learned have reached. *To its lowest : ours*: to the lowest loss that an optimizer
-had, its own seconds and ours to that same loss. *Level*: closer than twice the standard error of the
-difference.
+command, conditions and epochs; edit nothing here. What was tried on the way, and the paper's own figures,
+is in the [notebook](notebook/README.md). **KF-BFGS, auto** is `kfqn.KFBFGS(model)` without a setting; the
+others have the best values of a grid ([tuned.json](../kfqn/race/entrants/tuned.json), [sweeps](sweeps)), on
+the development set their usual ones and others, under warm-up and cosine. Training loss: of the last
+weights, over the training images without augmentation. Losses and errors: means over seeds ± standard
+error. Seconds: of training alone, on a CPU those of the process; medians to a loss. *To X*: to the lowest
+loss that all who learned have reached. *To its lowest : ours*: to the lowest loss that an optimizer had,
+its own seconds and ours to that same loss. *Level*: closer than twice the standard error of the difference.
 Conditions, where nothing else is said:"""
 
 
@@ -122,7 +122,8 @@ def collect(folder: Path, name: str, note: str) -> Path:
     ends = [run.end() or {} for run in runs]
     config, own_configs = factored([asdict(run.config) for run in runs])
     known: dict[str, Any] = next((end["conditions"] for end in ends if end.get("conditions")), {})
-    conditions, own_conditions = factored([end.get("conditions") or known for end in ends])
+    told = {"note": note} if note else {}
+    conditions, own_conditions = factored([(end.get("conditions") or known) | told for end in ends])
     lines = []
     for run, end, settings, others in zip(runs, ends, own_configs, own_conditions, strict=True):
         kept: dict[str, Any] = settings | {"status": end["status"]}
@@ -131,7 +132,6 @@ def collect(folder: Path, name: str, note: str) -> Path:
         keys = kept_of(run.config.problem)
         kept |= {key: [float(f"{record[key]:.6g}") for record in run.epochs()] for key in keys}
         lines.append(json.dumps(kept))
-    conditions |= {"note": note} if note else {}
     head = {"command": command_of([run.config for run in runs]), "config": config, "conditions": conditions}
     text = json.dumps(head, indent=1).removesuffix("\n}")
     target = FOLDER / f"{name}.json"
@@ -227,7 +227,7 @@ def table(race: Race) -> list[str]:
     ]
     for s in race.field:
         own, same = (finite(time, ".3g") for time in to_lowest(s, ours or s))
-        label = f"**{s.label}**" if s is ours else s.label
+        label = f"**{s.label}**" if s is ours else shortened(s.label)
         lines.append(
             row(
                 label + (f", {s.lost}" if s.lost else ""),
@@ -238,6 +238,11 @@ def table(race: Race) -> list[str]:
             )
         )
     return lines
+
+
+def shortened(label: str) -> str:
+    """A label without the schedule that all rivals of the development set have."""
+    return re.sub(r", cosine, warmup [\d.]+(, floor [\d.]+)?", "", label)
 
 
 def to_lowest(s: Result, ours: Result) -> tuple[float, float]:
