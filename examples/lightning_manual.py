@@ -46,6 +46,7 @@ def main():
     """Train for eight epochs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--by-hand", action="store_true", help="without a closure, as it is anyway")
     args = parser.parse_args()
     train, test = digits()
     model = Digits(args.micro_batches)

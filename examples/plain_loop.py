@@ -34,6 +34,7 @@ def main():
     """Train for some epochs, or for those that the checkpoint has left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--closure", action="store_true")
+    parser.add_argument("--by-hand", dest="closure", action="store_false", help="without a closure, as it is")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--stop-after", type=int, help="stop after this many epochs, of a longer run")
     parser.add_argument("--checkpoint", type=Path, help="written after every epoch, resumed from if there")

@@ -206,7 +206,7 @@ class Kronecker(torch.optim.Optimizer):
         ``refused``, how many steps were refused because a loss or gradient was not finite.
 
         With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move
-        in a step, schedule and fall included.
+        by, and ``rejected``, 0: how many steps were taken back, which an earlier version did.
         """
         return diagnostics.report(self.training)
 

@@ -57,4 +57,4 @@ class RelativeSteps(StepRule):
         return {"steps": 0, "fall": 1.0, "last_lr": 0.0, "scheduled": False}
 
     def report(self, members: Members) -> dict[str, float]:
-        return {"rate": self.rate(members[0].group)}
+        return {"rate": self.rate(members[0].group), "rejected": 0.0}  # no step is taken back
