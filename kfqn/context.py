@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import final
 
-from torch import Tensor
-
 from kfqn.curvature.pairs import First
 from kfqn.parameters.layers import Layer
 from kfqn.passes.replay import Rewind
@@ -23,7 +21,6 @@ class StepContext:
     not what is assigned to them later.
     """
 
-    loss: Tensor | None = None  # of the first pass, if a closure told
     rewind: Rewind = nothing  # to where the closure started
     rewinds: list[Rewind] = field(default_factory=list)  # to where each pass through the model started
     since: int = 0  # the first micro-batch that the closure runs, and so will run again
@@ -40,4 +37,4 @@ class StepContext:
 
     def begin(self) -> None:
         """A step begins: nothing is known of its closure."""
-        self.loss, self.rewind, self.since = None, nothing, 0
+        self.rewind, self.since = nothing, 0

@@ -49,7 +49,6 @@ def run(training: Training, closure: Callable[[], Any] | None) -> Tensor | None:
             "the closure is called again after the step, so compute the loss and call backward inside it, or "
             "call step() without one."
         )
-    context.loss = loss.detach()
     checked: Tensor = loss
     return checked
 

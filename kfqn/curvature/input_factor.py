@@ -152,8 +152,8 @@ class BatchInverse(InputFactor):
 class AveragedRoot(InputFactor):
     """H_A = (A + λ_A I)^(−½), of A averaged over the mini-batches that are learnt from (M1).
 
-    A mini-batch's own A is taken of every n-th datum, so that there are still ten times as many a_t as A has
-    rows. One that is not finite is left out.
+    A mini-batch's own A is taken of every n-th datum, n at most `SPARSEST`, so that there are still `ENOUGH`
+    times as many a_t as A has rows. One that is not finite is left out.
     """
 
     reads = True

@@ -80,8 +80,8 @@ def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
     firsts = dict(context.firsts)
     with_pairs = [layer for layer, first in firsts.items() if first.h_Dh]
     try:
-        with again(training, 1.0, gradients=False) as handle:
-            handle.loss = closure()
+        with again(training, 1.0, gradients=False):
+            closure()
             if not context.with_gradients and training.recorder.misses(with_pairs):
                 raise RuntimeError(_NO_GRADIENTS)
             returned = True
@@ -90,6 +90,6 @@ def closure_pass(training: Training, closure: Callable[[], Any]) -> None:
             raise
         context.stepped = True
         context.firsts.update(firsts)
-        with again(training, 1.0, gradients=True) as handle:
-            handle.loss = closure()
+        with again(training, 1.0, gradients=True):
+            closure()
         context.with_gradients = True
