@@ -7,18 +7,22 @@ before a step, its gradients are those of x, and there is no other.
 
 ``state[p]["ahead"]`` is z − x while the model holds x, and x while it holds z, as ``ahead`` in a group's
 progress says. So what is done to the weights between steps is done to both.
+
+BatchNorm's running statistics go with the weights: what training passes keep of z is averaged for x, in the
+state of the module's weight under their names. Without, x would be evaluated with the statistics of z.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfqn.parameters.groups import Group, Groups, note
 from kfqn.steps.weight_average import WeightAverage
 
 KEY = "ahead"
+STATISTICS = ("running_mean", "running_var")  # buffers of modules that normalise by batches
 
 
 @final
@@ -32,6 +36,7 @@ class Iterates:
     def use(self, rules: Mapping[int, WeightAverage]) -> None:
         """Average by these rules."""
         self.rules = {place: rule for place, rule in rules.items() if rule.averages}
+        self.normalising = [m for m in self.groups.model.modules() if _keeps_statistics(m)]
 
     @torch.no_grad()
     def go_ahead(self) -> None:
@@ -77,16 +82,28 @@ class Iterates:
         return [p for at in places for p in self.groups.param_groups[at]["params"]]
 
     def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights of which something is kept, and what.
+        """The weights and statistics of which something is kept, and what.
 
         The weights without autograd's count of versions, so that a graph made of them before a training pass
         can still be differentiated after it; what is kept follows them to another type or device.
         """
-        state = self.groups.state
-        weights = [p for p in self._weights(place) if KEY in state.get(p, {})]
-        for p in weights:
-            state[p][KEY] = state[p][KEY].to(p)
-        return [p.data for p in weights], [state[p][KEY] for p in weights]
+        found = [
+            (x, self.groups.state[p], key)
+            for p, key, x in self._averaged(place)
+            if key in self.groups.state.get(p, {})
+        ]
+        for x, state, key in found:
+            state[key] = state[key].to(x)
+        return [x.data for x, _, _ in found], [state[key] for _, state, key in found]
+
+    def _averaged(self, place: int) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """All that is averaged with a group: in whose state, by what name, and the tensor itself."""
+        for p in self._weights(place):
+            yield p, KEY, p
+        if place == min(self.rules):
+            for module in self.normalising:
+                for name in STATISTICS:
+                    yield module.get_parameter("weight"), name, module.get_buffer(name)
 
     def _begin(self, place: int) -> None:
         """From the first step of a parameter on something is kept of it: z = x at first.
@@ -95,7 +112,15 @@ class Iterates:
         gradients, most of which does not move.
         """
         state = self.groups.state
-        for p in self._weights(place):
+        for p, key, x in self._averaged(place):
             dense = p.grad is not None and not p.grad.is_sparse
-            if dense and KEY not in state.get(p, {}) and p.element_size() >= 4:
-                state[p][KEY] = torch.zeros_like(p)
+            if dense and key not in state.get(p, {}) and min(p.element_size(), x.element_size()) >= 4:
+                state[p][key] = torch.zeros_like(x)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether it has running statistics and a weight of its own, as torch's have unless told not to."""
+    own = {
+        name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    return own >= {"weight", *STATISTICS}

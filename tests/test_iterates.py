@@ -184,6 +184,80 @@ def test_a_module_used_twice_goes_ahead_once(make):
         optimizer.zero_grad()
 
 
+# --- statistics of BatchNorm ----------------------------------------------------------------------------
+
+
+def batch_normed(affine=True):
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, affine=affine), nn.Tanh(), nn.Linear(6, 3))
+
+
+def statistics(model):
+    return [model[1].running_mean.clone(), model[1].running_var.clone()]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics_are_averaged_as_the_weights_are(make, affine):
+    """Those that training passes leave go on as without averages; without a weight they have no state."""
+    model, data = batch_normed(affine), batches((5,), 12)
+    twin = copy.deepcopy(model)
+    optimizer, theirs, x = make(model), make(twin, parts=LATEST), statistics(model)
+    for k, batch in enumerate(data, start=1):
+        by_hand(model, optimizer, batch)
+        by_hand(twin, theirs, batch)
+        share = 8 / (k + 7) if affine else 1.0
+        x = [a + share * (z - a) for a, z in zip(x, statistics(twin), strict=True)]
+        assert close(statistics(model), x)
+    assert same(statistics(model), statistics(twin)) != affine
+
+
+def test_they_fit_the_averaged_weights_better_than_those_of_the_last_steps():
+    """Squared distance, over ten trainings, of the running means from those of x's pre-activations."""
+    averaged = latest = 0.0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model, data = batch_normed(), batches((5,), 60)
+        twin = copy.deepcopy(model)
+        optimizer, theirs = kfqn.KFBFGS(model), kfqn.KFBFGS(twin, parts=LATEST)
+        for batch in data:
+            by_hand(model, optimizer, batch)
+            by_hand(twin, theirs, batch)
+        with torch.no_grad():
+            wanted = model[0](torch.cat([x for x, _ in data])).mean(0)
+        averaged += float((statistics(model)[0] - wanted).square().sum())
+        latest += float((statistics(twin)[0] - wanted).square().sum())
+    assert averaged < 0.7 * latest
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_resuming_and_copies_go_on_with_both_statistics(make, k):
+    model, data = batch_normed(), batches((5,), k + 9)
+    optimizer = make(model)
+    train(model, optimizer, data[:k])
+    weights, state = through_a_file(model, optimizer)
+    twin = batch_normed()
+    twin.load_state_dict(weights)
+    theirs = make(twin)
+    theirs.load_state_dict(state)
+    others = copy.deepcopy((model, optimizer))
+    for those in ((model, optimizer), (twin, theirs), others):
+        train(*those, data[k:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    assert unchanged(snapshot(model, optimizer), snapshot(*others))
+
+
+def test_frozen_statistics_stay_to_the_bit():
+    model, data = batch_normed(), batches((5,), 9)
+    optimizer = kfqn.KFBFGS(model)
+    train(model, optimizer, data[:4])
+    before = statistics(model)
+    model[1].eval()
+    optimizer.state[model[1].weight]["running_mean"].zero_()  # as where it was frozen from the start
+    optimizer.state[model[1].weight]["running_var"].zero_()
+    train(model, optimizer, data[4:])
+    assert same(statistics(model), before)
+
+
 # --- what is done to the weights between steps ----------------------------------------------------------
 
 

@@ -208,7 +208,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_does_each_point_once(tmp_path)
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while any(Run(folder).held() for folder in (tmp_path / "runs").glob("*")):  # its workers die a little later
+    while any(Run(p).held() for p in (tmp_path / "runs").glob("*")):  # its workers die a little later
         assert time.monotonic() < deadline
         time.sleep(0.02)
     before = {folder: (folder / "epochs.jsonl").read_text() for folder in done()}
