@@ -56,8 +56,10 @@ class KFBFGS(Kronecker):
         mu1: μ₁ of Powell's damping.
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer; of a bias it is
             this times ``bias_decay`` of its group, 1 unless groups give weights and biases different decays.
-        decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does;
-            with an automatic rate by the share that layers move, 0.04 at first, × ``weight_decay``.
+            With an automatic ``lr`` weights shrink instead by this times the share that layers move, 0.06 at
+            first. "auto" is 0.03 then, else 0.
+        decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does, and
+            as an automatic ``lr`` always does.
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
@@ -100,7 +102,7 @@ class KFBFGS(Kronecker):
         *,
         beta: float = 0.9,
         mu1: float = 0.2,
-        weight_decay: float = 0.0,
+        weight_decay: float | Literal["auto"] = "auto",
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int | Literal["auto"] = "auto",
@@ -156,7 +158,7 @@ class KFLBFGS(Kronecker):
         history_size: int = 100,
         beta: float = 0.9,
         mu1: float = 0.2,
-        weight_decay: float = 0.0,
+        weight_decay: float | Literal["auto"] = "auto",
         decoupled_weight_decay: bool = False,
         clip: float | None = None,
         curvature_interval: int | Literal["auto"] = "auto",

@@ -13,7 +13,7 @@ from torch import Tensor
 from kfqn import first_pass
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
-from kfqn.parameters.settings import l2
+from kfqn.parameters.settings import l2, shrinkage
 from kfqn.state import full_precision
 from kfqn.steps.rule import Proposal
 from kfqn.training import Training
@@ -192,8 +192,8 @@ def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: 
         P = training.states.of(layer)["DW"].mul_(momentum).add_(P, alpha=share)
     P = P.contiguous()
     training.ranks.send(P, training.states.owners.get(layer))
-    if group["weight_decay"] and group["decoupled_weight_decay"]:
-        layer.shrink_(rate * group["weight_decay"], group["bias_decay"])
+    if share and (decay := shrinkage(group)):
+        layer.shrink_(rate * decay, group["bias_decay"])
     layer.add_(P, -rate if momentum else -rate * share)
 
 

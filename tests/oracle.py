@@ -337,8 +337,9 @@ class WithoutRate(Algorithm2):
         (2.1895, -1.5672, 0.4079),
     )
 
-    def __init__(self, net, loss, weight_decay=0.0, beta=0.9, interval=40):
-        super().__init__(net, loss, 1.0, 1.0, beta, 0.0, weight_decay)
+    def __init__(self, net, loss, weight_decay=0.03, beta=0.9, interval=40):
+        super().__init__(net, loss, 1.0, 1.0, beta, 0.0, 0.0)
+        self.shrinkage = weight_decay
         self.interval, self.x = interval, [W.clone() for W in self.W]
         self.fall, self.last_lr, self.frozen = 1.0, 0.0, False
         self.A = self.lam = None
@@ -376,11 +377,12 @@ class WithoutRate(Algorithm2):
         share = min(1.0, 8 / (self.steps + 7) / self.lr) if self.lr else 1.0
         for i, W in enumerate(self.W):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
-            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x) + self.decay * W
+            DW = sum(torch.outer(D, v) for D, v in pairs) / len(x)
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
             g = self.beta * self.average[i] + (1 - self.beta) * DW
-            length = 0.04 * math.sqrt(len(W) / 3) * self.lr * self.fall
-            self.W[i] = W - length * self.even(g @ self.root(i))
+            rate = 0.06 * self.lr * self.fall
+            P = math.sqrt(len(W) / 3) * self.even(g @ self.root(i))
+            self.W[i] = W - rate * (self.shrinkage * W + P)
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
             if k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
                 some = a[i][:: max(1, min(len(x), a[i].shape[:2].numel() // (10 * len(self.A[i]))))]

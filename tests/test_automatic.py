@@ -46,8 +46,8 @@ def moves(model, optimizer, data):
 
 
 def lengths(optimizer):
-    """0.04 √(I/3) of every layer."""
-    return [0.04 * math.sqrt(len(layer.modules[0].weight) / 3) for layer in optimizer.layers]
+    """0.06 √(I/3) of every layer."""
+    return [0.06 * math.sqrt(len(layer.modules[0].weight) / 3) for layer in optimizer.layers]
 
 
 # --- the whole method ----------------------------------------------------------------------------------
@@ -126,29 +126,29 @@ def test_the_loop_without_closures_is_the_same_to_the_bit():
 def test_every_layer_moves_by_its_share(make, build):
     """Those with groups by the share of all their outputs."""
     model, shape = build(), {odd_cnn: (2, 6, 6), grouped: (4, 5, 5), mlp: (5,)}[build]
-    optimizer = make(model, parts=LATEST)
+    optimizer = make(model, parts=LATEST, weight_decay=0.0)
     for moved in moves(model, optimizer, batches(shape, 25)):
         assert moved == pytest.approx(lengths(optimizer), rel=1e-9)
-    assert optimizer.diagnostics()[""]["rate"] == 0.04
+    assert optimizer.diagnostics()[""]["rate"] == 0.06
 
 
 @pytest.mark.usefixtures("double")
 def test_steps_fall_with_the_third_root_after_a_hundred(make):
     model, data = mlp(), batches((5,), 5)
-    optimizer = make(model, parts=LATEST)
+    optimizer = make(model, parts=LATEST, weight_decay=0.0)
     train(model, optimizer, data[:1])
     for k in (99, 100, 101, 800, 10**6):
         note(optimizer.param_groups[0], steps=k - 1)
         (moved,) = moves(model, optimizer, data[1:2])
         fall = min(1, (100 / k) ** (1 / 3))
         assert moved == pytest.approx([fall * length for length in lengths(optimizer)], rel=1e-9)
-        assert optimizer.diagnostics()[""]["rate"] == pytest.approx(0.04 * fall)
+        assert optimizer.diagnostics()[""]["rate"] == pytest.approx(0.06 * fall)
 
 
 @pytest.mark.usefixtures("double")
 def test_a_schedule_that_goes_down_freezes_the_fall_and_one_that_warms_up_does_not():
     model, data = mlp(), batches((5,), 2)
-    optimizer = kfqn.KFBFGS(model, parts=LATEST)
+    optimizer = kfqn.KFBFGS(model, parts=LATEST, weight_decay=0.0)
     (group,) = optimizer.param_groups
     train(model, optimizer, data[:1])
     note(group, steps=0, last_lr=0.0)
@@ -206,7 +206,7 @@ def test_layers_that_start_at_zero_move(make):
     model, data = mlp(), batches((5,), 3)
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
-    optimizer = make(model, parts=LATEST)
+    optimizer = make(model, parts=LATEST, weight_decay=0.0)
     first, second = moves(model, optimizer, data[:2])
     assert first == pytest.approx([0.0, lengths(optimizer)[1]])  # the last layer lets nothing through yet
     assert second == pytest.approx(lengths(optimizer))
@@ -229,21 +229,21 @@ def test_without_a_gradient_nothing_moves(make):
 def test_layers_of_one_row_or_one_column(make, bias):
     """A row keeps its direction: P is g H_A, whatever its singular value."""
     model = nn.Sequential(nn.Linear(4, 1, bias=bias), nn.Tanh(), nn.Linear(1, 3, bias=bias)).double()
-    optimizer = make(model, parts=LATEST)
+    optimizer = make(model, parts=LATEST, weight_decay=0.0)
     for moved in moves(model, optimizer, batches((4,), 12)):
         assert moved == pytest.approx(lengths(optimizer), rel=1e-9)
 
 
 @pytest.mark.usefixtures("double")
-def test_decoupled_decay_shrinks_by_the_rate_times_the_decay(make):
+def test_weights_shrink_by_the_rate_times_the_decay(make):
     model, data = mlp(), batches((5,), 1)
     twin = copy.deepcopy(model)
     before = weights(model).clone()
     for net, decay in ((model, 0.0), (twin, 0.1)):
-        optimizer = make(net, weight_decay=decay, decoupled_weight_decay=True, parts=LATEST)
+        optimizer = make(net, weight_decay=decay, parts=LATEST)
         optimizer.param_groups[0]["lr"] = 0.5
         train(net, optimizer, data)
-    torch.testing.assert_close(weights(model) - weights(twin), 0.04 * 0.5 * 0.1 * before)
+    torch.testing.assert_close(weights(model) - weights(twin), 0.06 * 0.5 * 0.1 * before)
 
 
 # --- groups and other parameters ------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_decoupled_decay_shrinks_by_the_rate_times_the_decay(make):
 def test_groups_have_lengths_and_falls_of_their_own(make):
     model, data = odd_cnn(), batches((2, 6, 6), 2)
     groups = [{"modules": "7", "lr": 0.25, "damping": 1.0}, {"modules": "0"}]
-    optimizer = make(model, groups=groups, parts=LATEST)
+    optimizer = make(model, groups=groups, parts=LATEST, weight_decay=0.0)
     assert sorted((group["lr"], group["automatic"]) for group in optimizer.param_groups) == [
         (0.25, False),
         (1.0, True),

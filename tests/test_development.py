@@ -229,14 +229,14 @@ def test_a_schedule_of_the_options_is_for_those_who_name_none_and_have_no_rule(t
     assert "SGD-m (lr 0.1, cosine, warmup 0.5, floor 0.1)" in result.stdout
 
 
-def test_decay_stands_for_the_problems_weight_decay():
+def test_decay_stands_for_the_problems_weight_decay_or_for_our_own():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for name, entrant in ENTRANTS.items():
         if "decay" not in entrant.settings:
             continue
         settings = {"lr": 0.1, "damping": 1.0, "eps": 1e-8, "beta": 0.9, "adam": 0.1, "lr_cov": 0.1}
         settings = {key: settings[key] for key in entrant.required}
-        for given, decay in (({}, 0.2), ({"decay": 0.3}, 0.3)):
+        for given, decay in (({}, 0.03 if entrant.automatic else 0.2), ({"decay": 0.3}, 0.3)):
             optimizer = entrant.make(model, settings | given, 0.2)
             assert {group["weight_decay"] for group in optimizer.param_groups} == {decay}, name
 

@@ -124,7 +124,7 @@ def test_weights_and_biases_whose_groups_differ_in_more_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'2' \(Linear\) .* differ in beta: put both into one group"):
         kfqn.KFBFGS(model, groups=[{"params": model[2].weight, "beta": 0.5}])
     with pytest.raises(ValueError, match=r"'2' \(Linear\) .* weight_decay, and the weight has none"):
-        kfqn.KFBFGS(model, groups=[{"params": model[2].bias, "weight_decay": 0.5}])
+        kfqn.KFBFGS(model, weight_decay=0.0, groups=[{"params": model[2].bias, "weight_decay": 0.5}])
     with pytest.raises(ValueError, match="some parameters appear in more than one group"):
         kfqn.KFBFGS(model, groups=[{"modules": "2"}, {"params": model[2].bias}])
 

@@ -164,7 +164,7 @@ def bias_decay(layer: Layer, own: Mapping[str, Any], of_bias: Mapping[str, Any])
     """
     if layer.bias is None:
         return None
-    differ = [k for k in own if k not in ("weight_decay", "bias_decay") and own[k] != of_bias[k]]
+    differ = [k for k in own if k not in ("weight_decay", "decayed", "bias_decay") and own[k] != of_bias[k]]
     decay, wanted = own["weight_decay"], of_bias["weight_decay"] * of_bias["bias_decay"]
     if differ or (wanted and not decay):
         what = ", ".join(differ) or "weight_decay, and the weight has none"

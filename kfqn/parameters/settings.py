@@ -20,11 +20,13 @@ _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_
 _DAMPING = 3.0  # where none is given with a fixed learning rate
 _LARGEST = 256  # rows of a factor, where none are given with an automatic one
 _INTERVAL, _LONG_INTERVAL = 10, 40  # steps between those that are learnt from: of the paper's, and of ours
+_DECAY = 0.03  # of the weights, times the share that they move by, where none is given with an automatic rate
 _FLAGS = {
     "lr": "automatic",
     "damping": "relative",
     "max_factor_size": "bounded",
     "curvature_interval": "spaced",
+    "weight_decay": "decayed",
 }
 
 
@@ -75,6 +77,7 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         "damping": 1.0 if automatic else _DAMPING,
         "max_factor_size": _LARGEST if automatic else None,
         "curvature_interval": _LONG_INTERVAL if automatic else _INTERVAL,
+        "weight_decay": _DECAY if automatic else 0.0,
     }
     found = {key: numbers[key] if isinstance(value, str) else value for key, value in given.items()}
     return settings | found | {_FLAGS[key]: _FLAGS[key] in unset for key in found}
@@ -90,4 +93,14 @@ def momentum(group: Mapping[str, Any]) -> float:
 
 def l2(group: Mapping[str, Any]) -> float:
     """What times W is added to gradients; 0 where weights decay by themselves."""
-    return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+    return 0.0 if _decoupled(group) else float(group["weight_decay"])
+
+
+def shrinkage(group: Mapping[str, Any]) -> float:
+    """What times the rate W shrinks by before a step."""
+    return float(group["weight_decay"]) if _decoupled(group) else 0.0
+
+
+def _decoupled(group: Mapping[str, Any]) -> bool:
+    """Always with an automatic rate: what is added to gradients would depend on the scale of the loss."""
+    return bool(group.get("automatic") or group["decoupled_weight_decay"])

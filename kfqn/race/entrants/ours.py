@@ -75,15 +75,16 @@ def kflbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "tor
 
 
 def automatic(method: str) -> Callable[["nn.Module", Settings, float], "torch.optim.Optimizer"]:
-    """What builds our optimizer with its defaults, and what is given beyond them."""
+    """What builds our optimizer with its defaults, weight decay too, and what is given beyond them."""
 
     def build(model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
         import kfqn
 
         others = (*PARTS, "decay", "warm")
         given = {_NAMES.get(key, key): _whole(value) for key, value in settings.items() if key not in others}
-        given["parts"] = parts(settings)
-        optimizer: torch.optim.Optimizer = getattr(kfqn, method)(model, **given, weight_decay=weight_decay)
+        if "decay" in settings:
+            given["weight_decay"] = settings["decay"]
+        optimizer: torch.optim.Optimizer = getattr(kfqn, method)(model, **given, parts=parts(settings))
         return optimizer
 
     return build
