@@ -29,6 +29,7 @@ VARIANTS = {
     "twice the step": "steps=twice",
     "weights not averaged": "weights=latest",
     "whole factors": "largest=100000",
+    "no weight decay": "decay=0",
 }
 USUAL = ("cifar10-small-plain", "cifar10-small-resnet", "char-gpt")
 
