@@ -120,7 +120,7 @@ def collect(folder: Path, name: str, note: str) -> Path:
         raise SystemExit(f"{folder} is not over ({', '.join(unfinished) or 'no runs'}): race on.")
     runs.sort(key=lambda run: (run.config.entrant, str(run.config.settings), run.config.seed))
     ends = [run.end() or {} for run in runs]
-    config, own_configs = factored([asdict(run.config) for run in runs])
+    config, own_configs = factored([_told(run.config) for run in runs])
     known: dict[str, Any] = next((end["conditions"] for end in ends if end.get("conditions")), {})
     told = {"note": note} if note else {}
     conditions, own_conditions = factored([(end.get("conditions") or known) | told for end in ends])
@@ -137,6 +137,11 @@ def collect(folder: Path, name: str, note: str) -> Path:
     target = FOLDER / f"{name}.json"
     target.write_text(text + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
     return target
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """All of it; the ``code`` only of a problem or an optimizer that is somebody's own."""
+    return {key: value for key, value in asdict(config).items() if key != "code" or value}
 
 
 def kept_of(problem: str) -> tuple[str, ...]:

@@ -175,12 +175,12 @@ def test_no_file_over_300_lines_and_no_function_over_40(path):
 
 # The lab: what stands for a folder is its ``__init__``, which names what others need of it.
 RACE_ORDER = [
-    *("failure", "cores", "process_group", "timing"),
+    *("failure", "lookup", "cores", "process_group", "timing"),
     *(
         f"problems.{name}"
         for name in ("measures", "task", "data", "cifar", "models", "resnet", "transformers")
     ),
-    *(f"problems.{name}" for name in ("text", "burgers", "networks", "registry")),
+    *(f"problems.{name}" for name in ("supervised", "text", "burgers", "networks", "registry", "own")),
     "problems",
     *(
         f"entrants.{name}"
@@ -191,7 +191,8 @@ RACE_ORDER = [
     *(f"runs.{name}" for name in ("files", "config", "run", "plan", "conditions", "averaging", "checkpoint")),
     *(f"runs.{name}" for name in ("schedule", "trainer", "warm_up", "train", "workers")),
     "runs",
-    *(f"report.{name}" for name in ("results", "table", "sentences", "figure", "page", "live_view")),
+    *(f"report.{name}" for name in ("palette", "results", "axes", "table", "sentences", "listing", "figure")),
+    *(f"report.{name}" for name in ("panels", "page", "live_view")),
     "report",
     *("sweep", "session", "commands"),
     *(f"paper.{name}" for name in ("cost", "experiment", "figures", "tables")),

@@ -17,7 +17,6 @@ from torch import nn
 from kfqn.race import entrants
 from kfqn.race.entrants import grids
 from kfqn.race.failure import Failure
-from kfqn.race.report.figure import _styles
 from kfqn.race.report.results import Result, common_target
 from kfqn.race.report.sentences import unfinished
 from kfqn.race.report.table import rows
@@ -46,8 +45,6 @@ def test_a_race_from_the_command_line_and_two_commands_share_it(tmp_path):
         assert "was first at the common target" in output
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "race.html").read_text(encoding="utf-8")
-    assert "data:image/png;base64," in html
-    assert "http" not in html  # self-contained
     for condition in ("threads", "torch", "commit", "seeds"):
         assert f"<dt>{condition}</dt>" in html
 
@@ -295,17 +292,6 @@ def test_the_table_is_made_from_the_files_alone(tmp_path):
     assert (second.epochs_to_target, second.seconds_to_target) == ("3", "7.00")
     assert first.quantities == ("0.02 ± 0", "1.00 ± 0.00")
     assert first.seconds == "6.5"
-
-
-@pytest.mark.parametrize("settings", [1, 3, 5])
-def test_no_two_lines_of_a_figure_look_alike(settings, tmp_path):
-    results = [
-        Result([Run.create(tmp_path, config(entrant=entrant, settings={"lr": lr + 1.0}))])
-        for entrant in ("kfbfgs:auto", "sgd", "adam", "adamw", "muon", "soap", "torch.optim.RMSprop")
-        for lr in range(settings)
-    ]
-    styles = [*zip(*_styles(results), strict=True)]
-    assert len({*styles}) == len(styles)
 
 
 def test_a_lost_seed_counts_against_its_optimizer(tmp_path):

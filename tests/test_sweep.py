@@ -291,7 +291,10 @@ def test_the_live_view_fits_the_terminal_and_has_no_empty_place(tmp_path, width)
     told = "\n".join(lines[-len(field) :])
     if width >= 80:
         assert len(re.findall(r"12 of 13, 1 running, 2 lost.* \d:\d\d:\d\d$", told, re.MULTILINE)) == 4
-        assert "AnOptimizerOfWhomTheNam… " in told
+        assert "AnOptimizerOfWhomTh" in told
+        assert re.search(r"best (train loss )?0\.0123 ", told)
+    else:
+        assert re.search(r"12 of 13, best 0\.0123 +\d:", told)
     if width == 160:
         assert "best train loss 1.01 at lr 0.123456, damping 1e-07, interval 10 " in told
         assert re.search(r"best train loss 0\.0123 +\d:", told)

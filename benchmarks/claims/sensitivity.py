@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatter
 from kfqn.race.entrants import ENTRANTS, entrant_of
 from kfqn.race.entrants.grids import SETTINGS
 from kfqn.race.problems import PROBLEMS
-from kfqn.race.report.figure import COLORS
+from kfqn.race.report.palette import COLORS, GREY
 from kfqn.race.runs import Run
 from kfqn.race.runs.files import atomic_path
 
@@ -63,11 +63,12 @@ def panel(axes: Axes, entries: dict[str, dict[str, Any]], runs: Sequence[Run]) -
     names = sorted(entries, key=[*ENTRANTS].index)
     losses = [min(record["train_loss"] for record in run.epochs()) for run in runs]
     ours = statistics.fmean(losses)
-    axes.axhline(ours, color="#0072B2", linewidth=0.8, linestyle=":")
-    axes.scatter([0] * len(losses), losses, marker="D", s=34, color="#0072B2", zorder=3)
+    color = COLORS[config.entrant]
+    axes.axhline(ours, color=color, linewidth=0.8, linestyle=":")
+    axes.scatter([0] * len(losses), losses, marker="D", s=34, color=color, zorder=3)
     rng, upwards = np.random.default_rng(0), axes.get_xaxis_transform()
     for x, name in enumerate(names, start=1):
-        color = COLORS[[*ENTRANTS].index(name) % len(COLORS)]
+        color = COLORS[name]
         points = points_of(entries[name])
         for loss, whole in points:
             place = x + rng.uniform(-0.25, 0.25)
@@ -78,7 +79,7 @@ def panel(axes: Axes, entries: dict[str, dict[str, Any]], runs: Sequence[Run]) -
                 axes.plot(place, LOST, "x", color=color, markersize=5, transform=upwards, clip_on=False)
         better = sum(loss < ours for loss, whole in points if whole)
         share = f"{better}/{len(points)}"
-        axes.text(x, 0.01, share, transform=upwards, ha="center", fontsize=8, color="#555")
+        axes.text(x, 0.01, share, transform=upwards, ha="center", fontsize=8, color=GREY)
     labels = [entrant_of(config.entrant).label, *(ENTRANTS[name].label for name in names)]
     axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
     axes.set_yscale("log")

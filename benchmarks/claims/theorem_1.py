@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import kfqn
 from kfqn.race.problems.data import digits
+from kfqn.race.report.palette import COLORS, GREY
 from kfqn.race.runs.files import atomic_path
 
 EXPONENTS = (0.55, 0.7, 0.85)  # β of α_k = c k^(−β), in (0.5, 1)
@@ -85,12 +86,12 @@ def main() -> None:
         for seed in range(options.seeds):
             norms = trajectory(seed, exponent, options.lr, options.damping, options.steps)
             means.append(np.cumsum(norms) / K)
-            panel.loglog(K, means[-1], color="#0072B2", linewidth=1, alpha=0.7)
+            panel.loglog(K, means[-1], color=COLORS["kflbfgs"], linewidth=1, alpha=0.7)
         mean = np.mean(means, axis=0)
         slope = np.polyfit(np.log(K[late]), np.log(mean[late]), 1)[0]
         bound = K ** (exponent - 1.0)
         bound *= np.max(mean / bound)
-        panel.loglog(K, bound, color="#999", linestyle="--", label=f"slope β − 1 = {exponent - 1:.2f}")
+        panel.loglog(K, bound, color=GREY, linestyle="--", label=f"slope β − 1 = {exponent - 1:.2f}")
         panel.set_title(f"α_k = {options.lr:g} k^(−{exponent:g}), slope at the end {slope:.2f}", fontsize=10)
         panel.set_xlabel("K")
         panel.grid(alpha=0.25)

@@ -9,7 +9,8 @@ from typing import Any
 from kfqn.race.entrants import ENTRANTS, SWEPT, Entrant, Settings
 from kfqn.race.entrants.grids import Grid
 from kfqn.race.entrants.registry import OF_TRAINER, OF_TRAINER_CHOICES
-from kfqn.race.entrants.settings import did_you_mean
+from kfqn.race.failure import did_you_mean
+from kfqn.race.problems import PROBLEMS
 
 
 def seconds(text: str) -> float:
@@ -58,6 +59,17 @@ def one_of(noun: str, known: Collection[str]) -> Callable[[str], str]:
         return text
 
     return name
+
+
+def problem(text: str) -> str:
+    """A problem that is known, or one's own, ``module:function``."""
+    module, colon, function = text.partition(":")
+    if colon and all(part.isidentifier() for part in (*module.split("."), function)):
+        return text
+    if text not in PROBLEMS:
+        told = _unknown("problem", text, PROBLEMS)
+        raise ArgumentTypeError(f"{told}, or name your own as FILE:FUNCTION, mine:problem for mine.py")
+    return text
 
 
 def _unknown(noun: str, text: str, known: Collection[str]) -> str:

@@ -111,4 +111,19 @@ def tuning_of(given: argparse.Namespace) -> Tuning:
     return Tuning(coarse, given.points, given.halving)
 
 
-COMMANDS = {"race": run_race, "sweep": run_sweep, "figure": run_figure, "table": run_table}
+def run_runs(given: argparse.Namespace) -> int:
+    """``kfqn runs``."""
+    from kfqn.race.report.listing import csv_of, print_runs, runs_below
+
+    runs = runs_below(given.folder)
+    if not given.csv:
+        print_runs(runs)
+        return 0
+    try:
+        print(csv_of(runs), end="", flush=True)
+    except BrokenPipeError:  # a reader that has seen enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+COMMANDS = {"race": run_race, "sweep": run_sweep, "figure": run_figure, "table": run_table, "runs": run_runs}

@@ -7,7 +7,7 @@ from kfqn.race import sweep as sweeping
 from kfqn.race.entrants import Settings, best_settings, default_field, swept_field, with_schedule
 from kfqn.race.entrants.grids import expand, grid
 from kfqn.race.options import RaceOptions, SweepOptions
-from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.problems import Problem, problem_of
 from kfqn.race.report.page import write_report
 from kfqn.race.runs.plan import Field
 from kfqn.race.session import exit_status, open_session, scale_of, search_of
@@ -15,7 +15,7 @@ from kfqn.race.session import exit_status, open_session, scale_of, search_of
 
 def race(options: RaceOptions) -> int:
     """Train the field with every seed and report who is ahead."""
-    problem, out = PROBLEMS[options.problem], options.out or Path("runs") / options.problem
+    problem, out = problem_of(options.problem), options.out or folder_of(options.problem)
     entrants = options.optimizers or [(name, None) for name in default_field(problem.name)]
     known = [
         (name, settings or best_settings(problem.name, name, out / "sweep.json")[0])
@@ -33,7 +33,7 @@ def race(options: RaceOptions) -> int:
 
 def sweep(options: SweepOptions) -> int:
     """Go through the grids and save what was best."""
-    problem, out = PROBLEMS[options.problem], options.out or Path("runs") / options.problem
+    problem, out = problem_of(options.problem), options.out or folder_of(options.problem)
     path = options.save or out / "sweep.json"
     scale = scale_of(options.training, problem)
     search = search_of(options.tuning, scale, options.by or problem.criterion, options.seeds)
@@ -52,6 +52,11 @@ def sweep(options: SweepOptions) -> int:
     sweeping.print_entries(entries, session.console)
     session.console.print(f"saved to {path}", highlight=False, soft_wrap=True)
     return exit_status(runs)
+
+
+def folder_of(problem: str) -> Path:
+    """Where the runs of a problem are unless told otherwise."""
+    return Path("runs") / problem.replace(":", "-")
 
 
 def scheduled(field: Field, problem: Problem, given: Settings) -> Field:

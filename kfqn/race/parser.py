@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfqn import __version__
-from kfqn.race.arguments import entrant, one_of, positive, seconds, share, swept, warm_up
+from kfqn.race.arguments import entrant, one_of, positive, problem, seconds, share, swept, warm_up
 from kfqn.race.entrants import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT
 from kfqn.race.entrants.grids import SETTINGS
 from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_figure(commands)
     add_table(commands)
+    add_runs(commands)
     return top
 
 
@@ -127,6 +128,21 @@ def add_table(commands: "Commands") -> None:
     add_paper(table)
 
 
+def add_runs(commands: "Commands") -> None:
+    """``kfqn runs``."""
+    runs = commands.add_parser(
+        "runs",
+        help="list the runs of a folder",
+        description="List the runs in a folder, a line each; or, as CSV, a line an epoch: settings, seed, "
+        "losses, error, seconds and status.",
+    )
+    runs.set_defaults(command="runs")
+    runs.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="looked through whole (default: runs)"
+    )
+    runs.add_argument("--csv", action="store_true", help="a line an epoch, for other programs")
+
+
 def add_optimizers(
     command: argparse.ArgumentParser,
     kind: Callable[[str], tuple[str, Any]],
@@ -193,14 +209,16 @@ def add_problem(command: argparse.ArgumentParser) -> None:
     """The problem and the folder of a command that deals with one."""
     command.add_argument(
         "--problem",
-        type=one_of("problem", PROBLEMS),
-        choices=PROBLEMS,
+        type=problem,
         default="digits",
         metavar="PROBLEM",
         help=f"any of {', '.join(PROBLEMS)}: the last {len(DEVELOPMENT)} are the development set, where test "
-        "error or validation loss counts (default: digits, needs no download)",
+        "error or validation loss counts (default: digits, needs no download); or your own, mine:problem for "
+        "the function problem of ./mine.py, which returns a kfqn.race.Supervised",
     )
-    command.add_argument("--out", type=Path, help="output folder (default: runs/PROBLEM)")
+    command.add_argument(
+        "--out", type=Path, help="output folder (default: runs/PROBLEM; of mine:problem runs/mine-problem)"
+    )
 
 
 def add_search(command: argparse.ArgumentParser) -> None:

@@ -104,6 +104,8 @@ def scale_of(training: Training, problem: Problem) -> Scale:
             f"--train-size must be at least {problem.smallest_is}, {problem.smallest} here, got "
             f"{training.train_size}."
         )
+    if training.width is not None and not problem.width:
+        raise Failure(f"{problem.name} has no --width: leave it out, or change its model.")
     if training.width is not None and training.width % problem.heads:
         raise Failure(
             f"--width must be a multiple of {problem.heads}, the heads of attention, got {training.width}."

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 from kfqn.race.entrants.settings import Settings
 from kfqn.race.failure import Failure
-from kfqn.race.problems import DEVELOPMENT
+from kfqn.race.problems import DEVELOPMENT, is_own
 
 Grid = Mapping[str, tuple[float, ...]]
 
@@ -119,15 +119,17 @@ _WITHOUT_DECAY: Settings = {"decay": 0.0}  # as the equation is solved
 
 
 def usual(problem: str, entrant: str) -> Settings | None:
-    """What a rival of the development set is usually set to; None for another problem or optimizer."""
-    if entrant not in rivals(problem):
+    """What a rival is usually set to on the development set and one's own; None elsewhere, or for others."""
+    if entrant not in (USUAL if is_own(problem) else rivals(problem)):
         return None
     settings = USUAL[entrant]
     return {**settings, **_WITHOUT_DECAY} if problem == "burgers" and "decay" in settings else settings
 
 
 def rivals(problem: str) -> tuple[str, ...]:
-    """Who is swept on a problem of the development set; nobody on others."""
+    """Who is swept on a problem of the development set, or one's own (torch's alone); nobody on others."""
+    if is_own(problem):
+        return ("adamw", "sgd")
     if problem not in DEVELOPMENT:
         return ()
     return ("muon", "soap", "adamw", "sgd", *["lbfgs"] * (problem == "burgers"))
@@ -159,7 +161,8 @@ def _ranges(problem: str, entrant: str) -> Grid:
     settings = usual(problem, entrant)
     if settings is not None:
         return {**{key: (value,) for key, value in settings.items()}, **_TRIED[entrant]}
-    known = {} if problem in DEVELOPMENT else OURS.get(problem, PRINTED) | PEERS
+    others = RESNET20 if is_own(problem) else PRINTED
+    known = {} if problem in DEVELOPMENT else OURS.get(problem, others) | PEERS
     if entrant not in known:
         raise Failure(
             f"there is no grid of {entrant} on {problem}: sweep others there, or race it with settings."

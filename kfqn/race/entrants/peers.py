@@ -3,16 +3,18 @@
 What is not torch's comes from the dependency group ``peers``.
 """
 
-import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from kfqn.race.entrants.settings import Settings
-from kfqn.race.failure import Failure
+from kfqn.race.failure import Failure, did_you_mean
+from kfqn.race.lookup import digest_of_source, named
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+ADVICE = "give the class's dotted name"
 
 
 def sgd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
@@ -68,7 +70,7 @@ def lbfgs(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optim
 
 def soap(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
     """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo, renewed at every tenth step."""
-    optimizer: Optimizer = _of("pytorch_optimizer", "SOAP")(
+    optimizer: Optimizer = _peer("pytorch_optimizer", "SOAP")(
         model.parameters(),
         lr=settings["lr"],
         betas=(settings["beta"], settings["beta"]),
@@ -80,7 +82,7 @@ def soap(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
 
 def shampoo(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimizer":
     """Shampoo (Gupta et al. 2018; Anil et al. 2020), grafted to SGD, its roots new at every tenth step."""
-    optimizer: Optimizer = _of("pytorch_optimizer", "ScalableShampoo")(
+    optimizer: Optimizer = _peer("pytorch_optimizer", "ScalableShampoo")(
         model.parameters(),
         lr=settings["lr"],
         weight_decay=weight_decay,
@@ -100,7 +102,7 @@ def muon(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optimi
     hidden = hidden_weights(model)
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
     groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
-    optimizer: Optimizer = _of("pytorch_optimizer", "Muon")(
+    optimizer: Optimizer = _peer("pytorch_optimizer", "Muon")(
         groups,
         lr=settings["lr"],
         adamw_lr=settings["adam"],
@@ -126,7 +128,7 @@ def singd(model: "nn.Module", settings: Settings, weight_decay: float) -> "Optim
     left = [m for m in model.modules() if not isinstance(m, nn.Linear | nn.Conv2d)]
     if any(p.requires_grad for m in left for p in m.parameters(recurse=False)):
         raise Failure("singd leaves parameters of this problem's model untrained: race others on it.")
-    optimizer: Optimizer = _of("singd.optim.optimizer", "SINGD")(
+    optimizer: Optimizer = _peer("singd.optim.optimizer", "SINGD")(
         model,
         lr=settings["lr"],
         lr_cov=settings["lr_cov"],
@@ -142,7 +144,7 @@ def by_dotted_name(path: str) -> "type[Optimizer]":
     import torch
 
     module, _, name = path.rpartition(".")
-    found = _of(module, name)
+    found = named(module, name, ADVICE)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise Failure(f"{path} is no torch.optim.Optimizer: name such a class.")
     return found
@@ -163,23 +165,16 @@ def from_class(path: str, model: "nn.Module", settings: Settings, weight_decay: 
     try:
         optimizer: Optimizer = kind(trained, **arguments)
     except TypeError as error:
-        raise Failure(f"{path} cannot be built with {arguments}: {error}.") from error
+        wrong = next((key for key in settings if key not in takes), "")
+        near = did_you_mean(wrong, takes[1:])
+        raise Failure(f"{path} cannot be built with {arguments}: {error}{near or '.'}") from error
     return optimizer
 
 
-def _of(module: str, name: str) -> Any:
-    """A class of another package, or of a file in the current folder; Failure if it is not there."""
-    try:
-        found = importlib.import_module(module) if module else None
-    except ImportError as error:
-        if (error.name or "").split(".")[0] in ("pytorch_optimizer", "singd", "einops", "einconv"):
-            raise Failure(
-                f"{error.name} is missing: install the peers with 'make peers', or pip install --no-deps "
-                "-c constraints.txt --group peers."
-            ) from error
-        raise Failure(f"{module} cannot be imported ({error}): give the class's dotted name.") from error
-    except Exception as error:  # whatever its own lines raise
-        raise Failure(f"{module} cannot be imported ({type(error).__name__}: {error}): mend it.") from error
-    if not hasattr(found, name):
-        raise Failure(f"{module or 'the empty module'} has no {name}: give the class's dotted name.")
-    return getattr(found, name)
+def digest_of(path: str) -> str:
+    """Another for another version of a class of the current folder; empty for one that is installed."""
+    return digest_of_source(by_dotted_name(path))
+
+
+def _peer(module: str, name: str) -> Any:
+    return named(module, name, ADVICE)

@@ -33,6 +33,7 @@ class Entrant:
     automatic: bool = False
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scheduled: bool = True
+    digest: Callable[[], str] = str  # another for another version of the code, where that may change
 
     def make(self, model: "nn.Module", settings: Settings, weight_decay: float) -> "torch.optim.Optimizer":
         """The optimizer; a setting ``decay`` stands for the problem's weight decay, where it is one."""
@@ -97,7 +98,8 @@ def entrant_of(name: str) -> Entrant:
     """An entrant, or any torch optimizer by its dotted name, with its arguments as options."""
     if name in ENTRANTS:
         return ENTRANTS[name]
-    return Entrant(name, name.rpartition(".")[-1], functools.partial(peers.from_class, name), ())
+    build = functools.partial(peers.from_class, name)
+    return Entrant(name, name.rpartition(".")[-1], build, (), digest=functools.partial(peers.digest_of, name))
 
 
 def of_optimizer(settings: Settings) -> Settings:

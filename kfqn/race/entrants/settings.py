@@ -1,7 +1,6 @@
 """What an optimizer is set to, and how it is written where people read it."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 # A number, which may be true or false, or a word: one of an entrant's `choices`.
@@ -18,9 +17,3 @@ def format_settings(settings: Settings) -> str:
     return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items()).replace(
         "schedule ", ""
     )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a clause, as in "no setting rl, did you mean lr?"; empty if nothing known is near."""
-    near = difflib.get_close_matches(word, [*known], n=1)
-    return f", did you mean {near[0]}?" if near else ""

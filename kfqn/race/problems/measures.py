@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quantity:
-    """A key of the records, its name, and whether it is shown as a percentage or on a logarithmic axis."""
+    """A key of the records, its name, and whether it is shown as a percentage."""
 
     key: str
     name: str
     percent: bool = False
-    logarithmic: bool = True
 
     @property
     def scale(self) -> int:
@@ -59,4 +58,4 @@ def among(classes: int) -> Guess:
 AVERAGE_LOSS = Quantity("average_loss", "moving average of the loss")
 TRAIN_LOSS = Quantity("train_loss", "training loss")
 TEST_LOSS = Quantity("test_loss", "test loss")
-TEST_ERROR = Quantity("test_error", "test error", percent=True, logarithmic=False)
+TEST_ERROR = Quantity("test_error", "test error", percent=True)

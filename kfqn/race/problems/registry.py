@@ -35,7 +35,8 @@ class Problem:
     ``heads``. ``quantities`` are what tables show, the first what they are sorted by and targets are set in;
     a sweep goes by ``criterion``; ``schedule`` is what learning rates follow unless told otherwise. At least
     ``smallest`` items are trained on, which is ``smallest_is``. ``source`` says which data set has to be
-    found or downloaded first, if any; ``images`` what they are, on a problem of images.
+    found or downloaded first, if any; ``images`` what they are, on a problem of images; ``code`` is another
+    for another problem of the same name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Problem:
     heads: int = 1
     images: Shape | None = None
     source: Callable[[], "Cifar"] | None = None
+    code: str = ""
 
     def network(self, width: int | None) -> "nn.Module":
         """The network, freshly initialised, at the problem's own width or another."""
@@ -124,7 +126,7 @@ def _on_cifar(name: str, title: str, classes: int, model: OfImages, width: int, 
     return _of_images(name, title, model, width, Shape(channels=3, side=32, classes=classes), **values)
 
 
-_SCHEDULE = (("schedule", "cosine"), ("warmup", 0.05))
+SCHEDULE = (("schedule", "cosine"), ("warmup", 0.05))
 
 
 def _on_small_cifar(
@@ -143,7 +145,7 @@ def _on_small_cifar(
         images=Shape(channels=3, side=16, classes=classes),
         quantities=(TEST_ERROR, TRAIN_LOSS, TEST_LOSS),
         criterion="test_error",
-        schedule=_SCHEDULE,
+        schedule=SCHEDULE,
     )
 
 
@@ -166,7 +168,7 @@ _CHAR_GPT = Problem(
         replace(TEST_ERROR, name="wrong characters"),
     ),
     criterion="test_loss",
-    schedule=(*_SCHEDULE, ("floor", 0.1)),
+    schedule=(*SCHEDULE, ("floor", 0.1)),
 )
 
 _BURGERS = Problem(
@@ -187,7 +189,7 @@ _BURGERS = Problem(
         replace(TEST_LOSS, name="mean squared error"),
     ),
     criterion="test_error",
-    schedule=_SCHEDULE,
+    schedule=SCHEDULE,
 )
 
 DEVELOPMENT = {  # a task of each kind, at a scale where a run takes minutes

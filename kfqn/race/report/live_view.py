@@ -26,8 +26,9 @@ def live_view(runs: Sequence[Run], console: Console, by: str) -> Iterator[Callab
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.config.entrant, []).append(run)
-    labels = {name: _cut(entrant_of(name).label, LABEL) for name in groups}
-    bar = min(30, max(8, console.width - 70))
+    most = min(LABEL, console.width // 4)
+    labels = {name: _cut(entrant_of(name).label, most) for name in groups}
+    bar = min(30, max(8, console.width - 84))
     room = console.width - max(map(len, labels.values())) - bar - ELAPSED - 3  # a space between columns
     progress = _bars(console, bar)
     tasks = {name: progress.add_task(labels[name], total=len(of), state="") for name, of in groups.items()}
@@ -100,7 +101,7 @@ def _summary(states: Sequence[State], by: str, room: int) -> str:
     if not math.isfinite(best.lowest):
         return _cut(counts, room)
     whole = f"{counts}, best {by.replace('_', ' ')} {best.lowest:.3g}"
-    shorter = [whole, f"{counts}, best {best.lowest:.3g}", counts]
+    shorter = [whole, f"{counts}, best {best.lowest:.3g}", f"{parts[0]}, best {best.lowest:.3g}"]
     if best.settings:  # an automatic optimizer has none
         shorter.insert(0, f"{whole} at {best.settings}")
     return next((text for text in shorter if len(text) <= room), _cut(counts, room))

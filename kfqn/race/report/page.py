@@ -8,11 +8,14 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems import problem_of
 from kfqn.race.report.figure import draw
+from kfqn.race.report.listing import csv_of
+from kfqn.race.report.palette import DARK, GREY
+from kfqn.race.report.panels import LINE, SIDE, data_of, entries_of, panels_of
 from kfqn.race.report.results import Measure, Result, race_measure, results_of
 from kfqn.race.report.sentences import merged_conditions, title_of, unfinished, verdict
-from kfqn.race.report.table import headings, print_table, rows
+from kfqn.race.report.table import columns_of, headings, print_table, rows
 from kfqn.race.runs import Run
 from kfqn.race.runs.files import write_atomically
 
@@ -33,31 +36,41 @@ def explanation(measure: Measure) -> str:
 
 def write_report(runs: Sequence[Run], out: Path, console: Console) -> None:
     """Draw ``race.png`` and ``race.html`` in ``out`` from the files of the runs, and print the table."""
-    problem = PROBLEMS[runs[0].config.problem]
+    problem = problem_of(runs[0].config.problem)
     measure = race_measure(problem)
     results = results_of(runs, measure)
     table = rows(results)
     title = title_of(runs)
     draw([("", results)], title, out / "race.png")
-    page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "report"), autoescape=True)
-    html = page.get_template("report.html.jinja").render(
-        title=title,
-        verdict=verdict(results),
-        figure=base64.b64encode((out / "race.png").read_bytes()).decode(),
-        pictured=" and ".join(quantity.name for quantity in measure.quantities[:2]).capitalize(),
-        headings=headings(measure).cells,
-        rows=[row.cells for row in table],
-        explanation=explanation(measure),
-        unfinished=unfinished(runs),
-        factors=factors_of(results),
-        conditions=merged_conditions(runs),
-    )
-    write_atomically(out / "race.html", html)
+    write_atomically(out / "race.html", html_of(runs, results))
     print_table(table, title, console, measure)
     console.print(verdict(results), soft_wrap=not console.is_terminal)
     for name, reason, _ in unfinished(runs):
         console.print(f"{name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(f"figure  {out / 'race.png'}\nreport  {out / 'race.html'}", highlight=False, soft_wrap=True)
+
+
+def html_of(runs: Sequence[Run], results: Sequence[Result]) -> str:
+    """The page: curves, table, what did not finish, conditions, and the data to download, all in one file."""
+    measure = results[0].measure
+    page = jinja2.Environment(loader=jinja2.PackageLoader("kfqn.race", "report"), autoescape=True)
+    return page.get_template("report.html.jinja").render(
+        title=title_of(runs),
+        verdict=verdict(results),
+        entries=entries_of(results),
+        panels=panels_of(results),
+        data=data_of(results),
+        name=runs[0].config.problem.replace(":", "-"),
+        csv=base64.b64encode(csv_of(runs).encode()).decode(),
+        headings=headings(measure).cells,
+        rows=rows(results),
+        columns=columns_of(rows(results)),
+        explanation=explanation(measure),
+        unfinished=unfinished(runs),
+        factors=factors_of(results),
+        conditions=merged_conditions(runs),
+        look={"dark": DARK, "grey": GREY, "line": LINE, "side": SIDE},
+    )
 
 
 @dataclass(frozen=True)

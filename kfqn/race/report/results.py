@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kfqn.race.entrants import entrant_of
 from kfqn.race.entrants.settings import format_settings
-from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.problems import Problem, problem_of
 from kfqn.race.problems.measures import AVERAGE_LOSS, TEST_ERROR, TRAIN_LOSS, Quantity
 from kfqn.race.runs import Config, Record, Run
 
@@ -73,10 +73,18 @@ class Result:
 
     @property
     def label(self) -> str:
-        """Name and settings, as in a legend."""
-        values = format_settings(self.config.settings)
-        label = entrant_of(self.config.entrant).label
-        return f"{label} ({values})" if values else label
+        """Name and settings."""
+        return f"{self.name} ({self.settings})" if self.settings else self.name
+
+    @property
+    def name(self) -> str:
+        """The optimizer's."""
+        return entrant_of(self.config.entrant).label
+
+    @property
+    def settings(self) -> str:
+        """Its settings, as in a legend."""
+        return format_settings(self.config.settings)
 
     @property
     def lost(self) -> str:
@@ -134,6 +142,19 @@ def results_of(runs: Sequence[Run], measure: Measure = RACE) -> list[Result]:
     return [Result(group, measure) for group in groups.values()]
 
 
+def short_labels(results: Sequence[Result]) -> list[str]:
+    """Names for a legend, with those settings alone that tell two of the same name apart."""
+    labels = []
+    for result in results:
+        own, name = result.config.settings, result.name
+        others = [other.config.settings for other in results if other.name == name]
+        telling = {key: own[key] for key in own if any(other.get(key) != own[key] for other in others)}
+        values = format_settings(telling)
+        labels.append(f"{name} ({values})" if values else name)
+    whole = [f"{result.config.entrant} ({result.settings})" for result in results]
+    return [whole[n] if labels.count(label) > 1 else label for n, label in enumerate(labels)]
+
+
 def learned(results: Sequence[Result]) -> list[Result]:
     """Those whose lowest training loss is at least half the way from guessing to the lowest of all.
 
@@ -141,7 +162,7 @@ def learned(results: Sequence[Result]) -> list[Result]:
     diverges or loses most of its runs says nothing about the others: whether it races or not, they are
     compared in the same way. On the development set all this is of the first of its quantities.
     """
-    guessing = PROBLEMS[results[0].config.problem].guess.of(results[0].measure.loss)
+    guessing = problem_of(results[0].config.problem).guess.of(results[0].measure.loss)
     best = min(s.lowest for s in results)
     return [s for s in results if best < guessing and s.lowest <= (guessing + best) / 2]
 

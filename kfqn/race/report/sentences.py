@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kfqn.race.problems import PROBLEMS
+from kfqn.race.problems import problem_of
 from kfqn.race.report.results import Result, common_target, learned
 from kfqn.race.runs import Run
 
@@ -13,11 +13,12 @@ UNFINISHED = "unfinished: its process was killed, or another command is doing it
 def title_of(runs: Sequence[Run]) -> str:
     """The problem and how much of it."""
     config = runs[0].config
-    problem = PROBLEMS[config.problem]
+    problem = problem_of(config.problem)
     seeds = len({run.config.seed for run in runs})
-    parts = [f"{problem.title} of width {config.width}", f"batch {config.batch_size}"]
+    width = f" of width {config.width}" if config.width else ""
+    parts = [f"{problem.title}{width}", f"batch {config.batch_size}"]
     if config.train_size is not None:
-        parts.append(f"{config.train_size} training images")
+        parts.append(f"{config.train_size} training {'images' if problem.images else 'data'}")
     return ", ".join([*parts, f"{seeds} seed{'s' if seeds > 1 else ''}"])
 
 
@@ -29,7 +30,7 @@ def verdict(results: Sequence[Result]) -> str:
         return "No run finished." if not any(s.epochs for s in results) else "Most runs were lost."
     able = sorted(learned(results), key=lambda s: (s.reached(target, measure.time), s.final))
     if not able:
-        guess = PROBLEMS[results[0].config.problem].guess
+        guess = problem_of(results[0].config.problem).guess
         noun = "an error" if measure.loss == "test_error" else "a loss"
         return f"Nobody learned: {guess.who} has {noun} of {guess.of(measure.loss):.3g}."
     times = [f"{s.reached(target, measure.time):.2f} {measure.second}" for s in able]
@@ -63,7 +64,7 @@ def merged_conditions(runs: Sequence[Run]) -> list[tuple[str, str]]:
     merged: dict[str, dict[str, None]] = {}
     for run, end in zip(runs, ends, strict=True):
         config = run.config
-        facts = {"evaluated images": f"first {config.evaluated}"} | end.get("conditions", {})
+        facts = dict(end.get("conditions") or {"evaluated images": f"first {config.evaluated}"})
         facts |= {
             "threads": str(config.threads),
             "seeds": str(config.seed),

@@ -16,7 +16,8 @@ from kfqn.race.report.results import Measure, Result, common_target
 class Row:
     """One line of the table; numbers are means over the seeds unless said otherwise."""
 
-    label: str
+    name: str
+    settings: str
     quantities: tuple[str, ...]
     seconds: str
     seconds_per_epoch: str
@@ -28,15 +29,21 @@ class Row:
     @property
     def cells(self) -> tuple[str, ...]:
         """All of it, from left to right."""
-        label, quantities, *rest = (getattr(self, field.name) for field in fields(self))
-        return (label, *quantities, *rest)
+        _, _, quantities, *rest = (getattr(self, field.name) for field in fields(self))
+        return (self.label, *quantities, *rest)
+
+    @property
+    def label(self) -> str:
+        """Name and settings in one."""
+        return f"{self.name} ({self.settings})" if self.settings else self.name
 
 
 def headings(measure: Measure) -> Row:
     """The table's first line."""
     s = measure.second
     return Row(
-        label="optimizer",
+        name="optimizer",
+        settings="",
         quantities=tuple(quantity.label for quantity in measure.quantities),
         seconds=s,
         seconds_per_epoch=f"{s} an epoch",
@@ -56,7 +63,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
 def _row(result: Result, target: float) -> Row:
     if not result.epochs:
         nothing = ("–",) * len(result.measure.quantities)
-        return Row(result.label, nothing, "–", "–", "–", "–", "–", result.lost)
+        return Row(result.name, result.settings, nothing, "–", "–", "–", "–", "–", result.lost)
     measure = result.measure
     seconds = result.curve(measure.time)
     epochs, time, warm = (
@@ -65,7 +72,8 @@ def _row(result: Result, target: float) -> Row:
         result.warm_start_seconds,
     )
     return Row(
-        label=result.label,
+        name=result.name,
+        settings=result.settings,
         quantities=tuple(_final(result, quantity) for quantity in measure.quantities),
         seconds=f"{seconds.mean[-1]:.1f}",
         seconds_per_epoch=f"{seconds.mean[-1] / len(seconds.mean):.2f}",
@@ -81,10 +89,15 @@ def _final(result: Result, quantity: Quantity) -> str:
     return quantity.text(curve.mean[-1], curve.error[-1] if len(result.epochs) > 1 else None)
 
 
+def columns_of(table: Sequence[Row]) -> int:
+    """How many are shown: the last tells of lost runs, if there are any."""
+    return len(table[0].cells) - all(row.lost == "–" for row in table)
+
+
 def print_table(table: Sequence[Row], title: str, console: Console, measure: Measure) -> None:
     """The table, the winner first and bold."""
     view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
-    shown = None if any(row.lost != "–" for row in table) else -1  # the last column tells of lost runs
+    shown = columns_of(table)
     for n, heading in enumerate(headings(measure).cells[:shown]):
         justify: Literal["left", "right"] = "left" if n == 0 else "right"
         view.add_column(heading, justify=justify, overflow="fold")

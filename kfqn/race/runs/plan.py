@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kfqn.race import process_group
 from kfqn.race.cores import available_cores, requested_threads
+from kfqn.race.entrants.registry import entrant_of
 from kfqn.race.entrants.settings import Settings
 from kfqn.race.problems import Problem
 from kfqn.race.runs.config import Config
@@ -48,6 +49,11 @@ class Search:
     seeds: int
 
 
+def code_of(problem: Problem, entrant: str) -> str:
+    """What tells versions apart of a problem or an optimizer that the current folder holds; else empty."""
+    return "-".join(filter(None, (problem.code, entrant_of(entrant).digest())))
+
+
 def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Config]:
     """One configuration for every optimizer and seed, each once, all optimizers of a seed together."""
     wanted = [
@@ -66,6 +72,7 @@ def configs(problem: Problem, field: Field, seeds: int, scale: Scale) -> list[Co
             device=scale.device,
             threads=scale.threads,
             processes=process_group.size(),
+            code=code_of(problem, name),
         )
         for seed in range(seeds)
         for name, settings in field

@@ -25,11 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.race import process_group
 from kfqn.race.entrants.registry import entrant_of, of_optimizer
-from kfqn.race.problems import PROBLEMS, Problem
+from kfqn.race.failure import Failure
+from kfqn.race.problems import Problem, problem_of
 from kfqn.race.problems.task import Closure, Data, Size
 from kfqn.race.runs import checkpoint
 from kfqn.race.runs.averaging import polynomial_average
 from kfqn.race.runs.conditions import conditions_of
+from kfqn.race.runs.plan import code_of
 from kfqn.race.runs.run import Record, Run
 from kfqn.race.runs.schedule import schedule_of
 
@@ -49,7 +51,12 @@ class Trainer:
 
     def __init__(self, run: Run, data_dir: Path | None) -> None:
         config = run.config
-        problem, entrant = PROBLEMS[config.problem], entrant_of(config.entrant)
+        problem, entrant = problem_of(config.problem), entrant_of(config.entrant)
+        if config.code != code_of(problem, config.entrant):
+            raise Failure(
+                f"{config.problem} or {config.entrant} was changed while it raced, or is another each time: "
+                "the same command races what it is now."
+            )
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.run, self.config = run, config
