@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kfqn import first_pass
+from kfqn.formulas.orthogonal import of_own_layers
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2
 from kfqn.state import full_precision
+from kfqn.steps.direction import Direction
 from kfqn.steps.rule import Proposal
 from kfqn.training import Training
 
@@ -92,13 +94,17 @@ def _of_some(
         state = training.states.of(layer)
         averages[layer] = training.of(layer).average.of(layer, gradients[layer], state, group)
         directions[layer] = training.curvature.direction(training, averages[layer], layer)
-    alike: dict[object, list[Layer]] = {}
+    alike: dict[tuple[Direction, int | None, int], list[Layer]] = {}
     for layer, group in groups.items():
-        alike.setdefault((training.of(layer).direction, group.get("max_factor_size")), []).append(layer)
-    for members in alike.values():
-        largest = groups[members[0]].get("max_factor_size")
-        found = training.of(members[0]).direction.of([directions[layer] for layer in members], largest)
-        directions.update(zip(members, found, strict=True))
+        how = training.of(layer).direction, group.get("max_factor_size"), group.get("split", 1)
+        alike.setdefault(how, []).append(layer)
+    for (direction, largest, split), members in alike.items():
+        given = [directions[layer] for layer in members]
+        if split == 1:
+            directions.update(zip(members, direction.of(given, largest), strict=True))
+        else:
+            parts = direction.of([P.unflatten(-2, (split, -1)) for P in given], largest)
+            directions.update(zip(members, map(of_own_layers, parts), strict=True))
     for layer, DW in averages.items():
         P = directions[layer]
         norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
