@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfqn import first_pass
 from kfqn.formulas.orthogonal import of_own_layers
+from kfqn.formulas.rounding import rounded_at_random
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2
@@ -185,7 +186,21 @@ def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
         of_group = [layer for layer in layers if training.groups.places[layer] == place]
         if beta is not None:
             kept = {layer: training.states.of(layer)["DW"] for layer in of_group}
-            average_DW_(kept, beta, l2(group), group["bias_decay"])
+            if parts.average.bfloat16:
+                _average_in_bfloat16(kept, beta, group)
+            else:
+                average_DW_(kept, beta, l2(group), group["bias_decay"])
+
+
+def _average_in_bfloat16(kept: Mapping[Layer, Tensor], beta: float, group: Group) -> None:
+    """The same, a layer at a time because of memory; the noise is that of the step, whoever resumes."""
+    generators = {DW.device: torch.Generator(DW.device) for DW in kept.values()}
+    for generator in generators.values():
+        generator.manual_seed(group["progress"]["k"])
+    for layer, DW in kept.items():
+        exact = {layer: DW.to(layer.dtype)}
+        average_DW_(exact, beta, l2(group), group["bias_decay"])
+        DW.copy_(rounded_at_random(exact[layer], generators[DW.device]))
 
 
 def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: float) -> None:

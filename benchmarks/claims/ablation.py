@@ -29,6 +29,9 @@ VARIANTS = {
     "twice the step": "steps=twice",
     "weights not averaged": "weights=latest",
     "whole factors": "largest=100000",
+    "less memory: triangles": "input=triangles",
+    "less memory: bfloat16": "average=bfloat16",
+    "less memory: both": "input=triangles,average=bfloat16",
 }
 USUAL = ("cifar10-small-plain", "cifar10-small-resnet", "char-gpt")
 

@@ -209,18 +209,16 @@ class Groups:
         self.fallback.param_groups = [self.param_groups[place] for place in self.fallback_places]
         self.fallback.state = self.state
 
-    def plan(self, shapes: Shapes) -> str:
+    def plan(self, size: Callable[[Layer], int]) -> str:
         """A table of what happens to every trainable parameter: see `Kronecker.plan`."""
         names = {p: name for name, p in self.model.named_parameters()}
         lines = [("parameters", "rule", "shape", "lr", "state, MB")]
         for layer in self.layers:
             group = self.of(layer)
-            size = torch.finfo(layer.dtype).bits // 8
-            entries = sum(math.prod(shape) for shape in shapes(layer, group).values())
             split = group.get("split", 1)
             pieces = (*layer.groups, *[split][: split - 1], layer.rows // split, layer.columns)
             shape = " × ".join(map(str, pieces))
-            megabytes = f"{entries * size / 1e6:.3g}"
+            megabytes = f"{size(layer) / 1e6:.3g}"
             lr = "auto" if group.get("automatic") else f"{group['lr']:g}"
             lines.append((layer.name, self.name, shape, lr, megabytes))
         for place in self.fallback_places:
