@@ -155,7 +155,7 @@ class AveragedRoot(InputFactor):
 
     A mini-batch's own A is taken of every n-th datum, n at most `SPARSEST`, so that there are still `ENOUGH`
     times as many a_t as A has rows. One that is not finite is left out. ``triangles`` says that of A and of
-    H_A, which are symmetric, half the entries are kept.
+    H_A, which are symmetric, half the entries are kept; the norm that diagnostics tell is of these.
     """
 
     triangles: bool = False

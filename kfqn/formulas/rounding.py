@@ -17,5 +17,5 @@ def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
         torch.randint(0, _BELOW, shape, generator=generator, dtype=torch.int32, device=x.device)
         for shape in shapes
     )
-    noise = (of_row + of_column) & (_BELOW - 1)
-    return ((bits + noise) & -_BELOW).view(torch.float32).to(torch.bfloat16)
+    noise = (of_row + of_column).bitwise_and_(_BELOW - 1)
+    return noise.add_(bits).bitwise_and_(-_BELOW).view(torch.float32).to(torch.bfloat16)
