@@ -72,7 +72,10 @@ class KFBFGS(Kronecker):
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else it is 256. Of more than 32768 rows none is kept
             whole, unless a larger number is given.
-        groups: settings for some modules, each as for `add_param_group`.
+        groups: settings for some modules, each as for `add_param_group`. With an automatic rate
+            ``"split": n`` says that the weights of these layers are n matrices in one, of as many outputs
+            each, as of fused queries, keys and values, or of heads: each is orthogonalised and moves as a
+            layer of its own, with the same H_A.
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
             AdamW by default, with lr 3e-3 beside an automatic rate and 1e-3 else, and SparseAdam for sparse
@@ -124,6 +127,7 @@ class KFBFGS(Kronecker):
             "clip": clip,
             "curvature_interval": curvature_interval,
             "max_factor_size": max_factor_size,
+            "split": 1,
         }
         super().__init__(
             model,
@@ -181,6 +185,7 @@ class KFLBFGS(Kronecker):
             "clip": clip,
             "curvature_interval": curvature_interval,
             "max_factor_size": max_factor_size,
+            "split": 1,
         }
         super().__init__(
             model,

@@ -212,7 +212,7 @@ class Kronecker(torch.optim.Optimizer):
 
     def plan(self) -> str:
         """A table of what happens to every trainable parameter: its rule, its shape, its factors' bytes."""
-        return self._groups.plan(self._shapes)
+        return self._groups.plan(self.training.states.bytes)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -27,9 +27,15 @@ class States:
     """
 
     def __init__(
-        self, groups: Groups, shapes: Shapes, counted: Sequence[str], process_group: Any, shard: bool
+        self,
+        groups: Groups,
+        shapes: Shapes,
+        halved: Callable[[Group], bool],
+        counted: Sequence[str],
+        process_group: Any,
+        shard: bool,
     ) -> None:
-        self.groups, self.shapes, self.counted = groups, shapes, counted
+        self.groups, self.shapes, self.halved, self.counted = groups, shapes, halved, counted
         self.ranks, self.process_group, self.shard = Ranks(process_group), process_group, shard
         self.owners: dict[Layer, int] = {}
 
@@ -51,11 +57,20 @@ class States:
             ready = self.ranks.any(torch.tensor(ready, device=device)).tolist()
         return [layer for layer, there in zip(wanted, ready, strict=True) if not there]
 
+    def dtype(self, layer: Layer, key: str) -> torch.dtype:
+        """What this of the layer's state is kept in."""
+        return torch.bfloat16 if key == "DW" and self.halved(self.groups.of(layer)) else layer.dtype
+
+    def bytes(self, layer: Layer) -> int:
+        """How many bytes the layer's state has, beside notes."""
+        shapes = self.shapes(layer, self.groups.of(layer))
+        return sum(math.prod(shape) * self.dtype(layer, key).itemsize for key, shape in shapes.items())
+
     def empty(self, layer: Layer) -> State:
         """A state of zeros."""
         like = layer.empty()
         shapes = self.shapes(layer, self.groups.of(layer))
-        zeros = {key: like.new_zeros(shape) for key, shape in shapes.items()}
+        zeros = {key: like.new_zeros(shape, dtype=self.dtype(layer, key)) for key, shape in shapes.items()}
         counts = torch.zeros(len(self.counted), device=like.device)
         empty = torch.tensor(EMPTY, device="cpu")
         return zeros | {"step": empty, "counts": counts, "last": counts.new_zeros(2)}
@@ -114,10 +129,7 @@ class States:
     def _partition(self) -> None:
         """Say which process holds the factors of each layer: the largest first, to whom has least."""
         groups = self.groups
-        sizes = {
-            layer: sum(map(math.prod, self.shapes(layer, groups.of(layer)).values()))
-            for layer in groups.layers
-        }
+        sizes = {layer: self.bytes(layer) for layer in groups.layers}
         loads = [0] * self.ranks.size
         for layer, owner in self.owners.items():
             loads[owner] += sizes[layer]
@@ -186,7 +198,7 @@ class States:
                 if key == "step" and p not in fallback:  # a plain number in what torch saved long ago
                     own[p][key] = torch.as_tensor(value, device="cpu").clone()
                 elif p in layers:
-                    dtype = value.dtype if key in NOTES else layers[p].dtype
+                    dtype = value.dtype if key in NOTES else self.dtype(layers[p], key)
                     own[p][key] = value.to(p.device, dtype, copy=True)
                 elif isinstance(value, Tensor):
                     own[p][key] = own[p][key].clone()
@@ -198,11 +210,12 @@ def _ahead(states: Mapping[Tensor, State], p: Tensor) -> State:
 
 
 def _to(state: State, layer: Layer) -> None:
-    """Bring a state to where the layer's weight is, and what is no note into its type."""
+    """Bring a state to where the layer's weight is, and what is no note, nor in bfloat16, into its type."""
     device, dtype = layer.weight.device, layer.dtype
     for key, value in state.items():
-        if key != "step" and (value.device != device or (key not in NOTES and value.dtype != dtype)):
-            state[key] = value.to(device, value.dtype if key in NOTES else dtype)
+        wanted = value.dtype if key in NOTES or value.dtype == torch.bfloat16 else dtype
+        if key != "step" and (value.device != device or value.dtype != wanted):
+            state[key] = value.to(device, wanted)
 
 
 def full_precision(layers: Sequence[Layer]) -> torch.autocast:

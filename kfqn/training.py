@@ -45,7 +45,12 @@ class Training:
     ) -> None:
         self.groups, self.curvature, self.parts = groups, curvature, parts
         self.states = States(
-            groups, partial(shapes_of, curvature, parts), curvature.counted, process_group, shard
+            groups,
+            partial(shapes_of, curvature, parts),
+            lambda group: chosen(parts, group).average.bfloat16,
+            curvature.counted,
+            process_group,
+            shard,
         )
         self.ranks, self.graphs, self.context = self.states.ranks, Graphs(), StepContext()
         self.factors, self.warned = FactorCheck(), warned

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from kfqn import first_pass
+from kfqn.formulas.orthogonal import of_own_layers
+from kfqn.formulas.rounding import rounded_at_random
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2, shrinkage
 from kfqn.state import full_precision
+from kfqn.steps.direction import Direction
 from kfqn.steps.rule import Proposal
 from kfqn.training import Training
 
@@ -92,13 +95,17 @@ def _of_some(
         state = training.states.of(layer)
         averages[layer] = training.of(layer).average.of(layer, gradients[layer], state, group)
         directions[layer] = training.curvature.direction(training, averages[layer], layer)
-    alike: dict[object, list[Layer]] = {}
+    alike: dict[tuple[Direction, int | None, int], list[Layer]] = {}
     for layer, group in groups.items():
-        alike.setdefault((training.of(layer).direction, group.get("max_factor_size")), []).append(layer)
-    for members in alike.values():
-        largest = groups[members[0]].get("max_factor_size")
-        found = training.of(members[0]).direction.of([directions[layer] for layer in members], largest)
-        directions.update(zip(members, found, strict=True))
+        how = training.of(layer).direction, group.get("max_factor_size"), group.get("split", 1)
+        alike.setdefault(how, []).append(layer)
+    for (direction, largest, split), members in alike.items():
+        given = [directions[layer] for layer in members]
+        if split == 1:
+            directions.update(zip(members, direction.of(given, largest), strict=True))
+        else:
+            parts = direction.of([P.unflatten(-2, (split, -1)) for P in given], largest)
+            directions.update(zip(members, map(of_own_layers, parts), strict=True))
     for layer, DW in averages.items():
         P = directions[layer]
         norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
@@ -179,7 +186,21 @@ def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
         of_group = [layer for layer in layers if training.groups.places[layer] == place]
         if beta is not None:
             kept = {layer: training.states.of(layer)["DW"] for layer in of_group}
-            average_DW_(kept, beta, l2(group), group["bias_decay"])
+            if parts.average.bfloat16:
+                _average_in_bfloat16(kept, beta, group)
+            else:
+                average_DW_(kept, beta, l2(group), group["bias_decay"])
+
+
+def _average_in_bfloat16(kept: Mapping[Layer, Tensor], beta: float, group: Group) -> None:
+    """The same, a layer at a time because of memory; the noise is that of the step, whoever resumes."""
+    generators = {DW.device: torch.Generator(DW.device) for DW in kept.values()}
+    for generator in generators.values():
+        generator.manual_seed(group["progress"]["k"])
+    for layer, DW in kept.items():
+        exact = {layer: DW.to(layer.dtype)}
+        average_DW_(exact, beta, l2(group), group["bias_decay"])
+        DW.copy_(rounded_at_random(exact[layer], generators[DW.device]))
 
 
 def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: float) -> None:

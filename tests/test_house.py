@@ -22,6 +22,8 @@ ORDER = [
     "formulas.statistics",
     "formulas.damping",
     "formulas.orthogonal",
+    "formulas.symmetric",
+    "formulas.rounding",
     "parameters.settings",
     "parameters.schedules",
     "parameters.layers",

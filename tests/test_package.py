@@ -5,6 +5,8 @@ import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
+import pytest
+
 import kfqn
 
 ROOT = Path(__file__).parents[1]
@@ -48,3 +50,36 @@ def test_the_wheel_says_who_made_it_and_for_which_pythons():
     assert metadata("kfqn")["Version"] == kfqn.__version__
     assert {"readme", "version"} == {*project["dynamic"]}
     assert {"/kfqn", "/README.md"} <= {*PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+
+
+def test_the_workflow_calls_make_over_all_pythons_and_from_the_oldest_torch_to_the_newest():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert {make for make, *_ in commands} == {"make"}
+    assert {"lint", "test", "wheel"} == {target for _, target, *_ in commands} <= {*targets}
+    matrix = jobs["test"]["strategy"]["matrix"]
+    named = "\n".join(PROJECT["project"]["classifiers"])
+    assert matrix["python"] == re.findall(r"Python :: (3\.\d+)", named)
+    oldest, middle = sorted((point["torch"] for point in matrix["include"]), key=version)
+    (newest,) = matrix["torch"]
+    assert f"torch=={newest}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"torch>={'.'.join(oldest.split('.')[:2])}" in PROJECT["project"]["dependencies"]
+    assert version(oldest) < version(middle) < version(newest)
+
+
+def version(text):
+    return [int(part) for part in text.split(".")]
+
+
+def test_the_citation_is_of_this_version_and_of_what_the_default_is_made_of():
+    yaml = pytest.importorskip("yaml")
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cff["version"] == kfqn.__version__
+    assert cff["preferred-citation"]["title"].startswith("Kronecker-factored Quasi-Newton Methods")
+    for work in (cff["preferred-citation"], *cff["references"]):
+        assert work["authors"]
+        assert work["year"] <= 2026
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] == kfqn.__version__

@@ -17,7 +17,7 @@ def blocks(page):
 
 def test_the_ten_lines_run():
     assert len(blocks("README.md")) == 3
-    assert len(blocks("docs/guide.md")) == 1
+    assert len(blocks("docs/guide.md")) == 2
     loader = [(torch.randn(8, 5), torch.randint(3, (8,)))]
     scope = {"kfqn": kfqn, "F": F, "model": torch.nn.Linear(5, 3), "loader": loader}  # what a reader has
     for code in [*blocks("README.md"), *blocks("docs/guide.md")]:  # each goes on where the one before ended

@@ -30,6 +30,9 @@ VARIANTS = {
     "weights not averaged": "weights=latest",
     "whole factors": "largest=100000",
     "no weight decay": "decay=0",
+    "less memory: triangles": "input=triangles",
+    "less memory: bfloat16": "average=bfloat16",
+    "less memory: both": "input=triangles,average=bfloat16",
 }
 USUAL = ("cifar10-small-plain", "cifar10-small-resnet", "char-gpt")
 

@@ -16,6 +16,7 @@ from kfqn.formulas.inputs import Inputs
 from kfqn.formulas.rows import Rows
 from kfqn.formulas.secant import bfgs_update_, matvec
 from kfqn.formulas.statistics import damped_inverse, damped_root, second_moment, second_moment_matvec
+from kfqn.formulas.symmetric import packed, packed_shape, unpacked
 from kfqn.parameters.groups import State
 from kfqn.parameters.layers import Layer
 
@@ -153,19 +154,28 @@ class AveragedRoot(InputFactor):
     """H_A = (A + λ_A I)^(−½), of A averaged over the mini-batches that are learnt from (M1).
 
     A mini-batch's own A is taken of every n-th datum, n at most `SPARSEST`, so that there are still `ENOUGH`
-    times as many a_t as A has rows. One that is not finite is left out.
+    times as many a_t as A has rows. One that is not finite is left out. ``triangles`` says that of A and of
+    H_A, which are symmetric, half the entries are kept; the norm that diagnostics tell is of these.
     """
 
+    triangles: bool = False
     reads = True
 
     def shapes(self, inputs: Inputs) -> Shapes:
-        return dict.fromkeys(("A", "H_A"), (*inputs.groups, inputs.columns, inputs.columns))
+        C = inputs.columns
+        return dict.fromkeys(("A", "H_A"), (*inputs.groups, *(packed_shape(C) if self.triangles else (C, C))))
+
+    def _kept(self, H: Tensor) -> Tensor:
+        return packed(H) if self.triangles else H
+
+    def _whole(self, kept: Tensor, C: int) -> Tensor:
+        return unpacked(kept, C) if self.triangles else kept
 
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
-        return {"A": A.clone(), "H_A": root_factor(layer, A, lambda_A)}
+        return {"A": self._kept(A.clone()), "H_A": self._kept(root_factor(layer, A, lambda_A))}
 
     def right(self, inputs: Inputs, DW: Tensor, state: State) -> Tensor:
-        return inputs.times(DW, state["H_A"])
+        return inputs.times(DW, self._whole(state["H_A"], inputs.columns))
 
     def query(self, mean_a: Tensor, state: State) -> Tensor:
         return mean_a  # nothing is asked with it: A itself is wanted
@@ -185,8 +195,9 @@ class AveragedRoot(InputFactor):
         for state, A, own in each_with_damping(states, responses, s, lambda_A):
             used.append(bool(A.isfinite().all()))
             if used[-1]:
-                state["A"].lerp_(A, 1 - REMEMBERED)
-                state["H_A"].copy_(damped_root(state["A"], own))
+                state["A"].lerp_(self._kept(A), 1 - REMEMBERED)
+                root = damped_root(self._whole(state["A"], A.shape[-1]), own)
+                state["H_A"].copy_(self._kept(root))
         rows = Rows([(1,)] * len(states))
         return rows, torch.tensor(used, device=s[0].device)[:, None]
 

@@ -56,6 +56,18 @@ def orthogonalised(directions: Sequence[Tensor], largest: int | None) -> list[Te
     return results
 
 
+def of_own_layers(parts: Tensor) -> Tensor:
+    """P (*g, I, C) of its parts (*g, n, I/n, C), each of them as long as every other, and ‖P‖ as it was.
+
+    So parts of one matrix move as layers of their own do, which all move by the same share.
+    """
+    others = [dim for dim in range(-parts.ndim, 0) if dim != -3]
+    norms = torch.linalg.vector_norm(parts, dim=others, keepdim=True)
+    usual = norms.square().mean().sqrt()
+    alike: Tensor = parts * (usual / norms.clamp(min=torch.finfo(parts.dtype).tiny))
+    return alike.flatten(-3, -2)
+
+
 def _cut(P: Tensor, largest: int | None) -> Blocks | None:
     """How the rows of P are cut; None where its columns are fewer, and few enough."""
     rows, columns = P.shape[-2:]

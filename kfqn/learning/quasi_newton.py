@@ -130,8 +130,7 @@ class QuasiNewton(Curvature):
         group, parts, A = training.groups.of(layer), training.of(layer), moments["A"]
         damping = parts.damping.start(layer, A, moments["vectors"] * training.ranks.size)
         H_A = parts.input.start(layer, A, parts.damping.lambda_A(group, damping))
-        shapes = training.states.shapes(layer, group)
-        state = {key: A.new_zeros(shape) for key, shape in shapes.items() if key not in H_A} | H_A | damping
+        state = training.states.empty(layer) | H_A | damping
         parts.output.start_(state)
         return state
 

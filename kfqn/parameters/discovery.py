@@ -199,6 +199,21 @@ def check_width(layer: Layer, shapes: Mapping[str, tuple[int, ...]], group: Mapp
     )
 
 
+def check_split(layer: Layer, group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a layer that cannot be stepped as ``split`` layers of its rows."""
+    split = group.get("split", 1)
+    if layer.rows % split:
+        raise ValueError(
+            f"{layer} has {layer.rows} outputs, which split={split} does not divide: name as many parts as "
+            "are fused in its weight."
+        )
+    if split > 1 and not group.get("automatic"):
+        raise ValueError(
+            f"split={split} is of directions that are orthogonalised, and those of {layer} are not, whose lr "
+            'is a number: leave split out, or let the lr of its group be "auto".'
+        )
+
+
 def checked_model(model: nn.Module, name: str) -> nn.Module:
     """The model itself, for the optimizer ``name``; TypeError if it is none, ValueError if it is sharded."""
     if not isinstance(model, nn.Module):

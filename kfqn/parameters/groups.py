@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfqn.parameters.discovery import (
     bias_decay,
     by_decay,
+    check_split,
     check_width,
     checked_model,
     layers_of,
@@ -176,6 +177,7 @@ class Groups:
         for layer in layers:
             of_weight, of_bias = (self.defaults | settings[p] for p in (layer.weight, layer.parameters()[-1]))
             check_width(layer, shapes(layer, of_weight), of_weight)
+            check_split(layer, of_weight)
             decays[layer] = bias_decay(layer, of_weight, of_bias)
         taken = {p for layer in layers for p in layer.parameters()}
         for group in chosen:
@@ -207,16 +209,16 @@ class Groups:
         self.fallback.param_groups = [self.param_groups[place] for place in self.fallback_places]
         self.fallback.state = self.state
 
-    def plan(self, shapes: Shapes) -> str:
+    def plan(self, size: Callable[[Layer], int]) -> str:
         """A table of what happens to every trainable parameter: see `Kronecker.plan`."""
         names = {p: name for name, p in self.model.named_parameters()}
         lines = [("parameters", "rule", "shape", "lr", "state, MB")]
         for layer in self.layers:
             group = self.of(layer)
-            size = torch.finfo(layer.dtype).bits // 8
-            entries = sum(math.prod(shape) for shape in shapes(layer, group).values())
-            shape = " × ".join(map(str, (*layer.groups, layer.rows, layer.columns)))
-            megabytes = f"{entries * size / 1e6:.3g}"
+            split = group.get("split", 1)
+            pieces = (*layer.groups, *[split][: split - 1], layer.rows // split, layer.columns)
+            shape = " × ".join(map(str, pieces))
+            megabytes = f"{size(layer) / 1e6:.3g}"
             lr = "auto" if group.get("automatic") else f"{group['lr']:g}"
             lines.append((layer.name, self.name, shape, lr, megabytes))
         for place in self.fallback_places:

@@ -16,7 +16,7 @@ _RANGES = {  # low, high, whether low itself is allowed
     "clip": (0, math.inf, False),
 }
 _UNSET = ("clip", "max_factor_size", "momentum")  # may be None
-_WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size")
+_WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size", "split")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
 _LARGEST = 256  # rows of a factor, where none are given with an automatic one
 _INTERVAL, _LONG_INTERVAL = 10, 40  # steps between those that are learnt from: of the paper's, and of ours

@@ -16,6 +16,7 @@ class GradientAverage(ABC):
     """D̂W of a layer. It may be asked for on a GPU from a record (`kfqn.runtime.cuda_graphs`)."""
 
     keeps: bool  # whether the layer's state has a ``DW``, (*g, I, C)
+    bfloat16: bool = False  # whether that is in bfloat16, rounded at random
 
     @abstractmethod
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
@@ -56,10 +57,12 @@ class Averaged(GradientAverage):
 class Nesterov(GradientAverage):
     """The same, with the mini-batch's gradient averaged in once more: Nesterov's momentum, (M2)."""
 
+    bfloat16: bool = False
     keeps = True
 
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        return layer.average_DW(state["DW"], gradients, momentum(group) ** 2, l2(group), group["bias_decay"])
+        DW = state["DW"].to(layer.dtype)
+        return layer.average_DW(DW, gradients, momentum(group) ** 2, l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return momentum(group)

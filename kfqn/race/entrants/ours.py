@@ -18,10 +18,10 @@ AUTOMATIC_OPTIONS = ("damping", *OPTIONS)
 
 
 PARTS = {  # words for parts, where they are not to be those that settings choose
-    "input": ("action", "inverse", "root", "none"),
+    "input": ("action", "inverse", "root", "none", "triangles"),
     "output": ("bfgs", "none"),
     "pairs": ("all", "curved"),
-    "average": ("ema", "nesterov", "none"),
+    "average": ("ema", "nesterov", "none", "bfloat16"),
     "direction": ("plain", "orthogonal"),
     "cadence": ("young", "regular"),
     "steps": ("falling", "constant", "half", "twice"),
@@ -41,10 +41,16 @@ def parts(settings: Settings) -> "Parts":
     from kfqn.steps.weight_average import Latest, PolynomialAverage
 
     made: Mapping[str, Sequence[Any]] = {  # in the order of `PARTS`
-        "input": (HessianActionBFGS(), BatchInverse(), AveragedRoot(), NoInputFactor()),
+        "input": (
+            HessianActionBFGS(),
+            BatchInverse(),
+            AveragedRoot(),
+            NoInputFactor(),
+            AveragedRoot(triangles=True),
+        ),
         "output": (BFGS(), NoOutputFactor()),
         "pairs": (False, True),
-        "average": (Averaged(), Nesterov(), NoAverage()),
+        "average": (Averaged(), Nesterov(), NoAverage(), Nesterov(bfloat16=True)),
         "direction": (Plain(), Orthogonalised()),
         "cadence": (YoungOften(), Regular()),
         "steps": (
