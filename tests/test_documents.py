@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path
     for path in sorted(ROOT.rglob("*.md"))
-    if not any(part.startswith(".") or part in ("runs", "data") for part in path.relative_to(ROOT).parts)
+    if not any(part.startswith(".") or part in ("runs", "data", "_build") for part in path.relative_to(ROOT).parts)
 ]
 LINK = re.compile(r"(?:\]\(|^\[[^\]]+\]: )(?!\w+:)([^)#\s]*)(?:#([^)\s]+))?", re.MULTILINE)
 
