@@ -44,7 +44,7 @@ KEPT = ("train_loss", "average_loss", "test_error", "cpu_seconds", "seconds")  #
 ENDS = ("warm_start_seconds", "reason")
 EVALUATED = 10_000  # images, unless --eval-size says otherwise
 WIDTH = 118
-SIZE = (2.5, 2.3)  # inches: three stand side by side in a page, and one is as wide as a phone
+SIZE = (2.5, 2.6)  # inches: three stand side by side in a page, and one is as wide as a phone
 MARKS = "<!-- made by results/make.py: -->", "<!-- until here -->"
 FIRST_ORDER = ("sgd", "adam", "adamw")
 SHOWN = (("SGD-m, Adam, AdamW: the best", FIRST_ORDER), ("Muon", ("muon",)), ("SOAP", ("soap",)))
@@ -405,22 +405,24 @@ def draw_race(file: Path, path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kfqn", "font.size": 7.5}):
         figure = Figure(figsize=SIZE, layout="constrained")
         panel = figure.subplots()
-        for entrant, results in shown.items():
+        for entrant, results in sorted(shown.items(), key=lambda one: [*ENTRANTS].index(one[0])):
             ours, color = results[0] is race.ours, COLORS[[*ENTRANTS].index(entrant) % len(COLORS)]
-            label = "KF-BFGS, untuned" if ours else entrant_of(entrant).label
+            label = entrant_of(entrant).label.removesuffix(", auto")
             for n, s in enumerate(results):
                 x, y = s.curve(measure.time).mean, measure.first.scale * s.curve(measure.loss).mean
                 width, opacity = (2.2 if ours else 1.3, 1.0) if n == 0 else (0.8, 0.45)
-                panel.plot(x, y, color=color, linewidth=width, alpha=opacity, label="" if n else label)
+                over = 3 if ours else 2
+                panel.plot(
+                    x, y, color=color, linewidth=width, alpha=opacity, label="" if n else label, zorder=over
+                )
         panel.set_title(race.title, fontsize=8)
         panel.set_xlabel(measure.time_label)
         panel.set_ylabel(measure.first.label)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, loc="upper right", handlelength=1.2, labelspacing=0.25, borderpad=0)
-        metadata = {"Date": None, "Description": fingerprint(file)}
-        figure.savefig(path, format="svg", metadata=metadata)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.2, columnspacing=1)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Description": fingerprint(file)})
 
 
 def files() -> list[Path]:
