@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: race test examples lint wheel bench peers clean
+.PHONY: race test examples docs lint wheel bench peers clean
 
 race: $(VENV)/installed-race
 	$(BIN)/kfqn race
@@ -14,6 +14,10 @@ test: $(VENV)/installed-dev
 
 examples: $(VENV)/installed-examples
 	$(BIN)/python -m pytest examples
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E -c docs . docs/_build/html
+	@echo docs/_build/html/index.html
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -32,7 +36,7 @@ bench: $(VENV)/installed-peers
 	$(BIN)/python -m benchmarks.cost.calls
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfqn needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -53,4 +57,8 @@ $(VENV)/installed-peers: $(VENV)/installed-race
 
 $(VENV)/installed-examples: $(VENV)/installed-dev
 	$(PIP) -c constraints.txt --group examples
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed-race
+	$(PIP) -c constraints.txt --group docs
 	touch $@

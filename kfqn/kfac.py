@@ -32,8 +32,8 @@ class KFAC(Kronecker):
             loss = optimizer.step(kfqn.closure(model, x, y, F.cross_entropy))
 
     Args:
-        model, weight_decay, decoupled_weight_decay, groups, others, process_group, shard_factors,
-            error_if_nonfinite: as for `KFBFGS`.
+        model, weight_decay, decoupled_weight_decay: as for `KFBFGS`.
+        groups, others, process_group, shard_factors, error_if_nonfinite: as for `KFBFGS`.
         lr: the learning rate α.
         damping: λ; √λ is added to either factor.
         beta: decay of the averages of the gradient, of Ω and of Γ.

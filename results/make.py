@@ -3,7 +3,8 @@
     kfqn race --problem digits                           # trains, in runs/digits
     python results/make.py collect runs/digits           # runs/digits → results/digits.json
     python results/make.py write                         # results/*.json → docs/results.md, README's table
-    python results/make.py draw digits docs/digits.png   # a race's picture
+    python results/make.py pictures                      # → docs/race-*.svg, which README and the site show
+    python results/make.py draw digits docs/digits.png   # a race's four panels
     python results/make.py unpack digits FOLDER          # its run folders again, as `kfqn race` reads them
 
 A file holds the command, the settings, the conditions, and of every run, lost ones included, what each epoch
@@ -12,6 +13,7 @@ the tables anew and compares.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -24,11 +26,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kfqn.race.entrants import entrant_of
+import matplotlib
+from matplotlib.figure import Figure
+
+from kfqn.race.entrants import ENTRANTS, entrant_of
 from kfqn.race.entrants.settings import format_value
 from kfqn.race.problems import DEVELOPMENT, PROBLEMS
 from kfqn.race.problems.measures import TRAIN_LOSS, Quantity
 from kfqn.race.report.figure import draw
+from kfqn.race.report.palette import COLORS
 from kfqn.race.report.results import RACE, Result, common_target
 from kfqn.race.runs import Config, Run
 
@@ -39,6 +45,7 @@ KEPT = ("train_loss", "average_loss", "test_error", "cpu_seconds", "seconds")  #
 ENDS = ("warm_start_seconds", "reason")
 EVALUATED = 10_000  # images, unless --eval-size says otherwise
 WIDTH = 118
+SIZE = (2.5, 2.6)  # inches: three stand side by side in a page, and one is as wide as a phone
 MARKS = "<!-- made by results/make.py: -->", "<!-- until here -->"
 FIRST_ORDER = ("sgd", "adam", "adamw")
 SHOWN = (("SGD-m, Adam, AdamW: the best", FIRST_ORDER), ("Muon", ("muon",)), ("SOAP", ("soap",)))
@@ -366,6 +373,64 @@ def claims(races: Sequence[Race]) -> str:
     return "\n".join([*lines, *hint])
 
 
+def development() -> dict[Path, Path]:
+    """The races of the development set, and the picture of each."""
+    problems = {file: json.loads(file.read_text(encoding="utf-8"))["config"]["problem"] for file in files()}
+    return {
+        file: PAGE.parent / f"race-{file.stem}.svg"
+        for file, problem in problems.items()
+        if problem in DEVELOPMENT
+    }
+
+
+def pictures() -> str:
+    """README's line of pictures."""
+    told = []
+    for file, path in development().items():
+        race = read(file)
+        what = race.field[0].measure.first.name
+        told.append(f"![{race.title}: {what} by {race.field[0].measure.time_label}](docs/{path.name})")
+    return "\n".join(told)
+
+
+def fingerprint(file: Path) -> str:
+    """What a picture keeps of the file that it was drawn from."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def draw_race(file: Path, path: Path) -> None:
+    """One panel: what counts by time, each optimizer's best line in front, those of its other settings thin.
+
+    Of ours it is the one without settings.
+    """
+    race = read(file)
+    measure, shown = race.field[0].measure, dict[str, list[Result]]()
+    for s in race.field:
+        if s.epochs and (s is race.ours or not entrant_of(s.config.entrant).automatic):
+            shown.setdefault(s.config.entrant, []).append(s)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kfqn", "font.size": 7.5}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        panel = figure.subplots()
+        for entrant, results in sorted(shown.items(), key=lambda one: [*ENTRANTS].index(one[0])):
+            ours, color = results[0] is race.ours, COLORS[entrant]
+            label = entrant_of(entrant).label.removesuffix(", auto")
+            for n, s in enumerate(results):
+                x, y = s.curve(measure.time).mean, measure.first.scale * s.curve(measure.loss).mean
+                width, opacity = (2.2 if ours else 1.3, 1.0) if n == 0 else (0.8, 0.45)
+                over = 3 if ours else 2
+                panel.plot(
+                    x, y, color=color, linewidth=width, alpha=opacity, label="" if n else label, zorder=over
+                )
+        panel.set_title(race.title, fontsize=8)
+        panel.set_xlabel(measure.time_label)
+        panel.set_ylabel(measure.first.label)
+        panel.set_xlim(left=0)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.2, columnspacing=1)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Description": fingerprint(file)})
+
+
 def files() -> list[Path]:
     """All races, in the order of the problems, small ones first."""
     return sorted(FOLDER.glob("*.json"), key=_place)
@@ -380,7 +445,7 @@ def documents() -> dict[Path, str]:
     """The documents as the files in ``results`` have them."""
     races = [read(file) for file in files()]
     start, end = map(re.escape, MARKS)
-    table = f"{MARKS[0]}\n\n{claims(races)}\n\n{MARKS[1]}"
+    table = f"{MARKS[0]}\n\n{claims(races)}\n\n{pictures()}\n\n{MARKS[1]}"
     readme = README.read_text(encoding="utf-8")
     return {PAGE: page(races), README: re.sub(f"{start}.*?{end}", lambda _: table, readme, flags=re.DOTALL)}
 
@@ -394,6 +459,7 @@ def main() -> None:
     one.add_argument("--name", help="of the file (default: that of the folder)")
     one.add_argument("--note", default="", help="a condition that the runs do not know")
     commands.add_parser("write")
+    commands.add_parser("pictures")
     for name in ("draw", "unpack"):
         one = commands.add_parser(name)
         one.add_argument("name")
@@ -404,6 +470,10 @@ def main() -> None:
     elif options.command == "write":
         for path, text in documents().items():
             path.write_text(text, encoding="utf-8")
+            print(path)
+    elif options.command == "pictures":
+        for file, path in development().items():
+            draw_race(file, path)
             print(path)
     elif options.command == "unpack":
         unpack(FOLDER / f"{options.name}.json", options.target / "runs")

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path
     for path in sorted(ROOT.rglob("*.md"))
-    if not any(part.startswith(".") or part in ("runs", "data") for part in path.relative_to(ROOT).parts)
+    if not any(
+        part.startswith(".") or part in ("runs", "data", "_build") for part in path.relative_to(ROOT).parts
+    )
 ]
 LINK = re.compile(r"(?:\]\(|^\[[^\]]+\]: )(?!\w+:)([^)#\s]*)(?:#([^)\s]+))?", re.MULTILINE)
 
@@ -51,6 +53,17 @@ def test_results_are_what_the_committed_races_say():
     for path, text in make.documents().items():
         told = "edit results/*.json and run 'python results/make.py write'"
         assert path.read_text(encoding="utf-8") == text, f"{path.name} differs: {told}"
+
+
+@pytest.mark.parametrize("file", make.development(), ids=lambda file: file.stem)
+def test_the_picture_of_a_race_was_drawn_from_it(file, tmp_path):
+    """Not of earlier figures: run 'python results/make.py pictures'."""
+    path = make.development()[file]
+    assert make.fingerprint(file) in path.read_text(encoding="utf-8")
+    make.draw_race(file, tmp_path / "race.svg")
+    drawn = (tmp_path / "race.svg").read_text(encoding="utf-8")
+    for label in ("KF-BFGS", "AdamW", "Muon", "SGD-m", "SOAP"):
+        assert f">{label}</text>" in drawn
 
 
 def test_results_are_short():
