@@ -14,6 +14,7 @@ from kfqn import first_pass
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2
+from kfqn.parameters.shards import local
 from kfqn.state import full_precision
 from kfqn.steps.rule import Proposal
 from kfqn.training import Training
@@ -38,9 +39,12 @@ def propose(
     sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
     sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
     shapes = {key: (size,) for key, size in sizes.items()}
-    shared = ranks.means(own, shapes, training.groups.layers[0].empty())
+    like = training.groups.layers[0].empty()
+    shared = ranks.means(own, shapes, like.double() if any(x.sharded for x in directions) else like)
     numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
     read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
+    for layer in [layer for layer in directions if layer.sharded]:
+        read[layer][1:] = map(math.sqrt, read[layer][1:])
     rates = training.rates()
     proposals = {
         layer: proposal(layer, rates[training.groups.places[layer]], P, *read[layer])
@@ -75,6 +79,9 @@ def _directions(training: Training, layers: Sequence[Layer]) -> Iterable[tuple[L
 
     given = [*itertools.chain(*gradients.values())]
     with full_precision(training.groups.layers):
+        if any(layer.sharded for layer in layers):  # what processes exchange is no part of a graph
+            found = of(given)
+            return zip(layers, found[::2], found[1::2], strict=True)
         kept = [x for layer in layers for x in layer.parameters()]
         kept += [x for state in states for x in state.values()]
         found = training.graphs.run("directions", of, given, kept, (layers, groups))
@@ -97,13 +104,27 @@ def _of_some(
         alike.setdefault((training.of(layer).direction, group.get("max_factor_size")), []).append(layer)
     for members in alike.values():
         largest = groups[members[0]].get("max_factor_size")
-        found = training.of(members[0]).direction.of([directions[layer] for layer in members], largest)
+        given, cuts = [directions[layer] for layer in members], [layer.cut for layer in members]
+        found = training.of(members[0]).direction.of(given, largest, cuts)
         directions.update(zip(members, found, strict=True))
     for layer, DW in averages.items():
         P = directions[layer]
-        norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-        results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+        norms = torch._foreach_norm([P, DW, *layer.held()], 2, P.dtype)
+        of_layer = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
+        results += [P, _shares(layer, of_layer) if layer.sharded else of_layer]
     return results
+
+
+def _shares(layer: Layer, numbers: Tensor) -> Tensor:
+    """⟨P, D̂W⟩, and norms, of what a process has, as what gives those of a sharded layer as a mean: squares.
+
+    In float64, whose range they do not leave.
+    """
+    processes = layer.processes
+    squares = numbers.double()
+    squares[1:].square_()
+    squares[3 if layer.cut is None else 0 :].mul_(processes)
+    return squares
 
 
 def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
@@ -178,7 +199,7 @@ def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
         beta = parts.average.beta(group)
         of_group = [layer for layer in layers if training.groups.places[layer] == place]
         if beta is not None:
-            kept = {layer: training.states.of(layer)["DW"] for layer in of_group}
+            kept = {layer: local(training.states.of(layer)["DW"]) for layer in of_group}
             average_DW_(kept, beta, l2(group), group["bias_decay"])
 
 
@@ -189,7 +210,7 @@ def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: 
     if not training.states.owns(layer):
         P = layer.W()
     elif momentum:
-        P = training.states.of(layer)["DW"].mul_(momentum).add_(P, alpha=share)
+        P = local(training.states.of(layer)["DW"]).mul_(momentum).add_(P, alpha=share)
     P = P.contiguous()
     training.ranks.send(P, training.states.owners.get(layer))
     if group["weight_decay"] and group["decoupled_weight_decay"]:

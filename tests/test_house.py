@@ -24,6 +24,7 @@ ORDER = [
     "formulas.orthogonal",
     "parameters.settings",
     "parameters.schedules",
+    "parameters.shards",
     "parameters.layers",
     "parameters.discovery",
     "parameters.fallback",

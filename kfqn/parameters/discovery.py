@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from kfqn.parameters.layers import ConvolutionLayer, Layer, LinearLayer
+from kfqn.parameters.shards import reshard, wrongly_sharded
 
 Owners = Mapping[Tensor, Mapping[str, nn.Module]]
 
@@ -121,23 +122,6 @@ def uncovered(model: nn.Module, layers: Sequence[Layer], asked: Collection[Tenso
     )
 
 
-def _sharded(model: nn.Module) -> str | None:
-    """The first module or parameter of which this process has a part only; None if there is none."""
-    for name, module in model.named_modules():
-        if _is_a(module, "FullyShardedDataParallel"):
-            return f"'{name or 'the model itself'}' is a FullyShardedDataParallel"
-    for name, p in model.named_parameters():
-        for kind in ("DTensor", "ShardedTensor", "FlatParameter"):
-            if _is_a(p, kind):
-                return f"'{name}' is a {kind}"
-    return None
-
-
-def _is_a(x: Any, name: str) -> bool:
-    """Whether x is of a class of this name, which need not be imported to ask."""
-    return any(kind.__name__ == name for kind in type(x).__mro__)
-
-
 def parameters_of(model: nn.Module, modules: Modules) -> list[Tensor]:
     """The parameters of some modules, given themselves or by their names in the model, and all below them.
 
@@ -200,19 +184,23 @@ def check_width(layer: Layer, shapes: Mapping[str, tuple[int, ...]], group: Mapp
 
 
 def checked_model(model: nn.Module, name: str) -> nn.Module:
-    """The model itself, for the optimizer ``name``; TypeError if it is none, ValueError if it is sharded."""
+    """The model itself, for the optimizer ``name``; TypeError if it is none, ValueError if it is wrongly sharded.
+
+    What `fully_shard` has gathered of it is dropped.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{name} takes the model itself, to see what goes through its layers, but got a "
             f"{type(model).__name__}: write {name}(model), not {name}(model.parameters()), with settings for "
             "some of it as groups=[...]."
         )
-    part = _sharded(model)
-    if part is not None:
+    reshard(model)
+    wrong = wrongly_sharded(model)
+    if wrong is not None:
         raise ValueError(
-            f"{name} cannot train a sharded model, of whose parameters each process has a part (FSDP, "
-            f"fully_shard, tensor parallelism), and {part}: its factors are of whole layers; use "
-            "DistributedDataParallel, and shard_factors=True to share the factors out."
+            f"{name} cannot train a sharded model but one that is fully_shard's as a whole (FSDP2), on one mesh, "
+            f"and {wrong}: use fully_shard alone, or DistributedDataParallel and shard_factors=True to share the "
+            "factors out."
         )
     return unwrapped(model)
 

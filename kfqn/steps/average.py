@@ -10,6 +10,7 @@ from torch import Tensor
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.settings import l2, momentum
+from kfqn.parameters.shards import local
 
 
 class GradientAverage(ABC):
@@ -42,7 +43,8 @@ class Averaged(GradientAverage):
 
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         # docs/decisions.md, 1
-        return layer.average_DW(state["DW"], gradients, momentum(group), l2(group), group["bias_decay"])
+        DW = local(state["DW"])
+        return layer.average_DW(DW, gradients, momentum(group), l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return momentum(group)
@@ -59,7 +61,8 @@ class Nesterov(GradientAverage):
     keeps = True
 
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        return layer.average_DW(state["DW"], gradients, momentum(group) ** 2, l2(group), group["bias_decay"])
+        DW = local(state["DW"])
+        return layer.average_DW(DW, gradients, momentum(group) ** 2, l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return momentum(group)
@@ -95,7 +98,8 @@ class HeavyBall(GradientAverage):
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         if group["momentum"]:
             return layer.DW(gradients, l2(group), group["bias_decay"])
-        return layer.average_DW(state["DW"], gradients, group["beta"], l2(group), group["bias_decay"])
+        DW = local(state["DW"])
+        return layer.average_DW(DW, gradients, group["beta"], l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return None if group["momentum"] else float(group["beta"])
