@@ -1,7 +1,7 @@
 """The first pass over a batch: running a closure, what it has to give, and whether a step can be taken."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -98,21 +98,22 @@ def _with_gradients(training: Training, records: Records) -> list[Layer]:
     layers = [layer for layer, gradients in found.items() if gradients]
     unseen = [layer for layer in layers if layer not in records and training.recorder.first]
     idle = {layer for layer in unseen if not any(g.any() for g in found[layer])}
-    if (
-        training.ranks.size > 1
-    ):  # for good reasons unseen here; not if there is no state for it in any process
-        new = states.missing(layers)
-        alone = torch.tensor(
-            [layer in idle for layer in new], device=training.groups.layers[0].empty().device
-        )
-        everywhere = training.ranks.all(alone).tolist() if new else []
-        idle = {layer for layer, is_idle in zip(new, everywhere, strict=True) if is_idle}
+    if training.ranks.size > 1:
+        idle = _idle_everywhere(training, layers, idle)
     for layer in idle:
-        if not states.of(layer) and states.owns(
-            layer
-        ):  # torch.distributed.checkpoint asks for states this way
+        if not states.of(layer) and states.owns(layer):  # torch.distributed.checkpoint asks this way
             states.enter(layer, states.empty(layer))
     return [layer for layer in layers if layer not in idle]
+
+
+def _idle_everywhere(training: Training, layers: Sequence[Layer], idle: Collection[Layer]) -> set[Layer]:
+    """Those of these layers without state that no process has seen, nor got a gradient for."""
+    new = training.states.missing(layers)
+    if not new:
+        return set()
+    flags = training.groups.layers[0].empty().new_tensor([layer in idle for layer in new])
+    everywhere = training.ranks.all(flags.bool()).tolist()
+    return {layer for layer, is_idle in zip(new, everywhere, strict=True) if is_idle}
 
 
 def signs(training: Training, loss: Tensor | None, layers: Iterable[Layer]) -> Tensor:

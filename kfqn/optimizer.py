@@ -66,8 +66,8 @@ class Kronecker(torch.optim.Optimizer):
         self._groups.start(groups, super().add_param_group, self._shapes)
         if shard_factors and any(layer.sharded for layer in self._groups.layers):
             raise ValueError(
-                "shard_factors=True is for DistributedDataParallel: of a model that fully_shard has sharded every "
-                "process needs all H_A for its own rows, so leave it out."
+                "shard_factors=True is for DistributedDataParallel: of a model that fully_shard has sharded "
+                "every process needs all H_A for its own rows, so leave it out."
             )
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group

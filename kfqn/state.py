@@ -108,8 +108,8 @@ class States:
             state = self.of(layer)
             if is_sharded(layer.modules[0].weight) and not layer.sharded:
                 raise ValueError(
-                    f"{layer} was sharded after {self.groups.name} was built, which does not know its parameters "
-                    "any more: call fully_shard first."
+                    f"{layer} was sharded after {self.groups.name} was built, which does not know its "
+                    "parameters any more: call fully_shard first."
                 )
             if state and not self.owns(layer):
                 for p in layer.parameters():
@@ -160,12 +160,15 @@ class States:
         return state_dict
 
     def _check_sharding(self, p: Tensor, layer: Layer | None, state: State) -> None:
-        """Raise ValueError if what was saved of a parameter is whole where it is sharded, or the other way round."""
+        """Raise ValueError if a whole state was saved for a sharded parameter, or the other way round."""
         expected = {"ahead": is_sharded(p), "DW": layer is not None and layer.cut is not None}
         if any(is_sharded(state[key]) != there for key, there in expected.items() if key in state):
+            other = (
+                "whole, and this model is sharded" if is_sharded(p) else "sharded, and this model is whole"
+            )
             raise ValueError(
-                f"this state is of a model that is {'not ' if is_sharded(p) else ''}sharded, unlike {self.groups.name}"
-                "'s: save and load it with torch.distributed.checkpoint, which shares it out."
+                f"this state of {self.groups.name} is of a model that was {other}: save and load it with "
+                "torch.distributed.checkpoint, which shares it out anew."
             )
 
     def _pairs(self, saved: Mapping[str, Any]) -> list[tuple[Tensor, State, Group]]:

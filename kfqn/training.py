@@ -219,8 +219,8 @@ def shapes_of(curvature: Curvature, parts: Parts, layer: Layer, group: Group) ->
     own = chosen(parts, group)
     if layer.sharded and (own.output.learns or not curvature.shards):
         raise ValueError(
-            f"{layer} is sharded, and with a factor H_G or Γ of its rows, which a second pass is needed for, it cannot "
-            'be: use KFBFGS(model) with lr="auto", or with parts=kfqn.Parts(output=NoOutputFactor()).'
+            f"{layer} is sharded, but these settings ask for a factor of its outputs, H_G or Γ, and second "
+            "passes for it, which need whole rows: use KFBFGS(model), or Parts(output=NoOutputFactor())."
         )
     return curvature.shapes(layer, group, own)
 

@@ -80,11 +80,11 @@ def _directions(training: Training, layers: Sequence[Layer]) -> Iterable[tuple[L
     given = [*itertools.chain(*gradients.values())]
     with full_precision(training.groups.layers):
         if any(layer.sharded for layer in layers):  # what processes exchange is no part of a graph
-            found = of(given)
-            return zip(layers, found[::2], found[1::2], strict=True)
-        kept = [x for layer in layers for x in layer.parameters()]
-        kept += [x for state in states for x in state.values()]
-        found = training.graphs.run("directions", of, given, kept, (layers, groups))
+            found: Sequence[Tensor] = of(given)
+        else:
+            kept = [x for layer in layers for x in layer.parameters()]
+            kept += [x for state in states for x in state.values()]
+            found = training.graphs.run("directions", of, given, kept, (layers, groups))
     return zip(layers, found[::2], found[1::2], strict=True)
 
 
@@ -116,15 +116,14 @@ def _of_some(
 
 
 def _shares(layer: Layer, numbers: Tensor) -> Tensor:
-    """⟨P, D̂W⟩, and norms, of what a process has, as what gives those of a sharded layer as a mean: squares.
+    """What a process has of ⟨P, D̂W⟩ and of squared norms, as numbers whose means are those of the whole.
 
-    In float64, whose range they do not leave.
+    Of a layer without a cut P and D̂W are whole. In float64, whose range squares do not leave.
     """
-    processes = layer.processes
-    squares = numbers.double()
-    squares[1:].square_()
-    squares[3 if layer.cut is None else 0 :].mul_(processes)
-    return squares
+    shares = numbers.double()
+    shares[1:].square_()
+    shares[3 if layer.cut is None else 0 :].mul_(layer.processes)
+    return shares
 
 
 def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:

@@ -35,7 +35,7 @@ class Gate(nn.Module):
 
 
 def cnn():
-    """Rows that two processes do not divide, groups and depthwise filters, more columns than rows and fewer."""
+    """Rows that two processes do not divide, groups, depthwise filters, more columns than rows and fewer."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.ReLU(), Gate(5)),
         nn.Sequential(nn.Conv2d(5, 10, 3, groups=5, bias=False), nn.ReLU(), nn.Conv2d(10, 12, 1, groups=2)),

@@ -37,9 +37,9 @@ class _Part(NamedTuple):
 
 @final
 class Shared(NamedTuple):
-    """Directions that several processes have some rows of, each: how many ``rows`` all have, None where P is whole.
+    """Directions of which several processes have some rows each.
 
-    ``add`` makes of tensors their sums over the processes.
+    ``rows`` says how many all have, None where P is whole; ``add`` makes tensors their sums over processes.
     """
 
     rows: Sequence[int | None]
@@ -56,7 +56,7 @@ def orthogonalised(
     usual batch. Of rows, so that what multiplies P is symmetric and positive, as H_G is. Directions whose
     squares are alike, of one type and device, are treated in one.
 
-    Of ``shared`` directions no block may be in two processes (`blocks`).
+    Of ``shared`` directions no block (`blocks`) may be in two processes.
     """
     rows = [None] * len(directions) if shared is None else shared.rows
     cuts = [_cut(P, n, largest) for P, n in zip(directions, rows, strict=True)]
@@ -95,11 +95,11 @@ def _add_up_(parts: list[_Part], cuts: Sequence[Blocks | None], shared: Shared) 
     own = [i for i, rows in enumerate(shared.rows) if rows is not None]
     told = [parts[i].squares if cuts[i] is None else _traces(parts[i].squares).sum()[None] for i in own]
     sizes = {}
-    for i, total, rows in zip(own, shared.add(told), [shared.rows[i] for i in own], strict=True):
+    for i, total in zip(own, shared.add(told), strict=True):
         if cuts[i] is None:
             parts[i] = parts[i]._replace(squares=total)
         else:
-            parts[i], sizes[i] = parts[i]._replace(rank=rows), total
+            parts[i], sizes[i] = parts[i]._replace(rank=shared.rows[i] or 0), total
     return sizes
 
 

@@ -184,9 +184,9 @@ def check_width(layer: Layer, shapes: Mapping[str, tuple[int, ...]], group: Mapp
 
 
 def checked_model(model: nn.Module, name: str) -> nn.Module:
-    """The model itself, for the optimizer ``name``; TypeError if it is none, ValueError if it is wrongly sharded.
+    """The model itself, for the optimizer ``name``; what `fully_shard` has gathered of it is dropped.
 
-    What `fully_shard` has gathered of it is dropped.
+    Raises TypeError if it is none, and ValueError if it is sharded in another way.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -198,9 +198,9 @@ def checked_model(model: nn.Module, name: str) -> nn.Module:
     wrong = wrongly_sharded(model)
     if wrong is not None:
         raise ValueError(
-            f"{name} cannot train a sharded model but one that is fully_shard's as a whole (FSDP2), on one mesh, "
-            f"and {wrong}: use fully_shard alone, or DistributedDataParallel and shard_factors=True to share the "
-            "factors out."
+            f"{name} cannot train a sharded model unless fully_shard (FSDP2) has sharded all of it on one "
+            f"mesh, but {wrong}: use fully_shard alone, or DistributedDataParallel with shard_factors=True, "
+            "which shares the factors out."
         )
     return unwrapped(model)
 

@@ -32,8 +32,8 @@ class Layer(ABC):
     ``weight`` stands for the whole layer: it is the key of the layer's optimizer state. ``bias`` is
     None where there is none to train, or the modules have each their own.
 
-    Of a layer that is ``sharded`` each process has a part. With a ``cut`` that is some rows of W, which matrices
-    here are then (I smaller); without, where the parts are no rows of one group, they are gathered when needed.
+    Of a layer that is ``sharded`` each of so many ``processes`` has a part. With a ``cut`` these are rows of
+    W, and matrices here have those rows only; without, as of groups, whole matrices are gathered when needed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Layer(ABC):
         self.fan_in = self.weight.numel() // self.outputs  # J|Δ|
         self.sharded = shards.is_sharded(self.weight)
         self.cut = self._cut() if self.sharded else None
-        self.processes = shards.place(self.weight)[0] if self.sharded else 1  # that it is shared out over
+        self.processes = shards.place(self.weight)[0] if self.sharded else 1
 
     @property
     def rows(self) -> int:
@@ -97,7 +97,7 @@ class Layer(ABC):
         return [*map(shards.local, self.parameters())] if self.sharded else self.parameters()
 
     def _gathered(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Weight and bias, or their gradients, that a matrix is made of, given what this process has of them."""
+        """What a matrix is made of, given what this process has of the parameters or their gradients."""
         if self.sharded and self.cut is None:
             return [*map(shards.whole, parts, self.parameters())]
         return parts
@@ -109,8 +109,8 @@ class Layer(ABC):
     def gradients(self) -> list[Tensor]:
         """``.grad`` of weight and bias, with zeros for one that has none while the other has; or nothing.
 
-        Of a sharded layer this process's part. A loss of derivatives of the output alone, for one, gives the last
-        bias none. Raises RuntimeError if one of them is frozen.
+        Of a sharded layer this process's part. A loss of derivatives of the output alone, for one, gives
+        the last bias none. Raises RuntimeError if one of them is frozen.
         """
         parameters = self.parameters()
         if all(p.grad is None for p in parameters):

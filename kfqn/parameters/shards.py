@@ -1,7 +1,7 @@
 """Parameters of which each process has a part: the DTensors that `fully_shard` (FSDP2) makes of them.
 
-Of every parameter a process holds a run of rows, as `torch.chunk` deals them out: all have as many, but the last
-ones may have fewer or none.
+Of every parameter a process holds a run of rows, as `torch.chunk` deals them out: all have as many, but the
+last ones may have fewer or none.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Cut(NamedTuple):
-    """How the ``rows`` of a matrix are shared out over so many ``processes`` of a group; which one this is."""
+    """How the ``rows`` of a matrix are shared out over the ``processes`` of a group, of which this is one."""
 
     rows: int
     processes: int
@@ -60,9 +60,10 @@ def whole(part: Tensor, like: Any) -> Tensor:
     """The whole of what each process has such a part of as of ``like``; all of them have to ask for it."""
     from torch.distributed.tensor import DTensor  # takes time, and is there where there are any
 
-    given = {"run_check": False, "shape": like.shape, "stride": like.stride()}
-    joined: Tensor = DTensor.from_local(part, like.device_mesh, like.placements, **given).full_tensor()
-    return joined
+    given = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return given.full_tensor()
 
 
 def part_of(W: Tensor, like: Any) -> Tensor:
@@ -82,11 +83,14 @@ def zeros(shape: Sequence[int], like: Any, dtype: torch.dtype) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     own = local(like).new_zeros((Cut(shape[0], *place(like)).held, *shape[1:]), dtype=dtype)
-    placements = [*like.placements[:-1], Shard(0)]
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    given = {"run_check": False, "shape": torch.Size(shape), "stride": tuple(stride)}
-    shared: Tensor = DTensor.from_local(own, like.device_mesh, placements, **given)
-    return shared
+    return DTensor.from_local(
+        own,
+        like.device_mesh,
+        [*like.placements[:-1], Shard(0)],
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))),
+    )
 
 
 def processes_of(p: Any) -> Any:
@@ -118,8 +122,9 @@ def wrongly_sharded(model: nn.Module) -> str | None:
             return f"'{name or 'the model itself'}' is a FullyShardedDataParallel"
     managed = {p for module in model.modules() if is_fully_sharded(module) for p in module.parameters()}
     first: Any = None
-    alone = [name for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
-    for name, p in model.named_parameters():
+    named: list[tuple[str, Any]] = [*model.named_parameters()]
+    alone = [name for name, p in named if p.requires_grad and not is_sharded(p)]
+    for name, p in named:
         for kind in ("ShardedTensor", "FlatParameter"):
             if _is_a(p, kind):
                 return f"'{name}' is a {kind}"

@@ -82,7 +82,7 @@ class Ranks:
 
 
 def summed(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """The sum of each tensor over the processes of a group; in one message for each dtype."""
+    """The sum of each tensor over the processes of a group; in one message a dtype."""
     results = [*parts]
     for members in _by_dtype(parts):
         message = torch.cat([parts[i].flatten() for i in members])
@@ -94,7 +94,7 @@ def summed(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
 
 
 def gathered(parts: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """The matrices that each process has its own rows of, all cut in one group; in one message for each dtype."""
+    """The matrices of which each process has its own rows, all cut in one group; in one message a dtype."""
     results = [*parts]
     for members in _by_dtype(parts):
         filled = [F.pad(parts[i], (0, 0, 0, cuts[i].each - cuts[i].held)) for i in members]

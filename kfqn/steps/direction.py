@@ -40,8 +40,8 @@ class Plain(Direction):
 class Orthogonalised(Direction):
     """P with its singular values brought near one another (`kfqn.formulas.orthogonal`).
 
-    Where rows are shared out over processes the same comes out. Sums of C × C numbers are exchanged where columns
-    are fewer, nothing but norms where no block of rows is in two processes, and else P itself.
+    Where rows are shared out over processes the same comes out. What is exchanged is Pᵀ P, C × C, where
+    columns are fewer; nothing but norms where no block of rows is in two processes; and else P itself.
     """
 
     def of(self, directions: Sequence[Tensor], largest: int | None, cuts: Cuts) -> Sequence[Tensor]:
@@ -49,10 +49,8 @@ class Orthogonalised(Direction):
         if not known:
             return orthogonalised(directions, largest)
         apart = {i: cut for i, cut in known.items() if _in_two(cut, directions[i].shape[-1], largest)}
-        given = [*directions]
-        wholes = gathered([directions[i] for i in apart], [*apart.values()])
-        for i, P in zip(apart, wholes, strict=True):
-            given[i] = P
+        wholes = dict(zip(apart, gathered([directions[i] for i in apart], [*apart.values()]), strict=True))
+        given = [wholes.get(i, P) for i, P in enumerate(directions)]
         rows = [cut.rows if cut is not None and i not in apart else None for i, cut in enumerate(cuts)]
         add = partial(summed, group=next(iter(known.values())).group)
         found = orthogonalised(given, largest, Shared(rows, add))
