@@ -163,12 +163,10 @@ class States:
         """Raise ValueError if a whole state was saved for a sharded parameter, or the other way round."""
         expected = {"ahead": is_sharded(p), "DW": layer is not None and layer.cut is not None}
         if any(is_sharded(state[key]) != there for key, there in expected.items() if key in state):
-            other = (
-                "whole, and this model is sharded" if is_sharded(p) else "sharded, and this model is whole"
-            )
+            was, now = ("whole", "sharded") if is_sharded(p) else ("sharded", "whole")
             raise ValueError(
-                f"this state of {self.groups.name} is of a model that was {other}: save and load it with "
-                "torch.distributed.checkpoint, which shares it out anew."
+                f"this state of {self.groups.name} is of a model that was {was}, but the model here is {now}: "
+                "save and load it with torch.distributed.checkpoint, which shares it out anew."
             )
 
     def _pairs(self, saved: Mapping[str, Any]) -> list[tuple[Tensor, State, Group]]:

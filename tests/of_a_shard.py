@@ -70,7 +70,8 @@ class Transformer(nn.Module):
 
     def forward(self, x):
         x = self.blocks[0](self.embedding(x) + self.positions)
-        return self.head(self.norm(checkpoint(self.blocks[1], x, use_reentrant=False)))
+        x = self.norm(checkpoint(self.blocks[1], x, use_reentrant=False))
+        return self.head(x).flatten(0, 1).clone()  # of which FSDP wants no view
 
 
 def build(kind):
@@ -111,7 +112,7 @@ def train(model, optimizer, batches, kind, share=slice(None)):
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(i + 1 == len(micro))
             output = model(x_i[share])
-            (F.cross_entropy(output.flatten(0, -2), y_i[share].flatten()) / len(micro)).backward()
+            (F.cross_entropy(output, y_i[share].flatten()) / len(micro)).backward()
         clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         if k % 5 == 2:  # which leaves the root gathered
@@ -122,7 +123,7 @@ def train(model, optimizer, batches, kind, share=slice(None)):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
 def result(model, optimizer):
@@ -134,7 +135,7 @@ def result(model, optimizer):
         names[p]: {key: whole(v) if isinstance(v, torch.Tensor) else v for key, v in of.items()}
         for p, of in optimizer.state.items()
     }
-    weights = {name: whole(v).detach() for name, v in model.state_dict().items()}
+    weights = {name: whole(v) for name, v in model.state_dict().items()}
     return {"model": weights, "state": state}
 
 
@@ -161,10 +162,9 @@ def main(folder, kind, how):
         load(model, optimizer, folder / f"{kind}:one")
         train(model, optimizer, batches[STEPS:], kind, share)
     else:
-        train(model, optimizer, batches[: FEW if how == "hybrid" else STEPS], kind, share)
+        train(model, optimizer, batches[: FEW if how in ("hybrid", "few") else STEPS], kind, share)
         if how == "saved":
             save(model, optimizer, folder / f"{kind}:two")
-            torch.save(optimizer.state_dict(), folder / f"{kind}:state:{rank}.pt")
     torch.save(result(model, optimizer), folder / f"{kind}:{how}:{rank}.pt")
 
 

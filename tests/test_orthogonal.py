@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kfqn.formulas import orthogonal
+from kfqn.parameters.shards import Cut
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (40, 300)]
 
@@ -130,3 +131,30 @@ def test_directions_together_are_as_each_is_alone(largest):
         assert (got.shape, got.dtype) == (P.shape, P.dtype)
         torch.testing.assert_close(got, orthogonalised(P, largest))
     assert orthogonal.orthogonalised([], largest) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize(("shape", "largest"), [((9, 4), None), ((3, 2), None), ((12, 5), 4), ((8, 5), 4)])
+def test_processes_that_have_some_rows_each_find_the_same(shape, largest, processes):
+    """Some have fewer rows than others, or none. Each is asked twice, the second time with what all have told."""
+    P = torch.randn(shape, dtype=torch.float64)
+    rows, columns = shape
+    cuts = [Cut(rows, processes, rank, None) for rank in range(processes)]
+    whole = orthogonal.blocks(rows, columns, largest)
+    if whole is not None and not cuts[0].keeps_whole(whole.size):
+        assert cuts[0].each % whole.size
+        return
+    told = []
+
+    def tell(tensors):
+        told.append(tensors)
+        return tensors
+
+    def sums(tensors):
+        return [sum(of_all) for of_all in zip(*told, strict=True)]
+
+    shares = [cut.own(P) for cut in cuts]
+    for own in shares:
+        orthogonal.orthogonalised([own], largest, orthogonal.Shared([rows], tell))
+    parts = [orthogonal.orthogonalised([own], largest, orthogonal.Shared([rows], sums))[0] for own in shares]
+    torch.testing.assert_close(torch.cat(parts), orthogonalised(P, largest))

@@ -105,7 +105,7 @@ def _add_up_(parts: list[_Part], cuts: Sequence[Blocks | None], shared: Shared) 
 
 def _part(P: Tensor, cut: Blocks | None) -> _Part:
     if cut is None:
-        pieces = P.reshape(-1, *P.shape[-2:])
+        pieces = P.reshape(P.shape[:-2].numel(), *P.shape[-2:])
         return _Part(pieces, pieces.mT @ pieces, len(pieces) * P.shape[-1])
     pieces = cut.split(P, -2).reshape(-1, cut.size, P.shape[-1])
     return _Part(pieces, pieces @ pieces.mT, P.shape[:-1].numel())
