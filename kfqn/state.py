@@ -165,7 +165,7 @@ class States:
         if any(is_sharded(state[key]) != there for key, there in expected.items() if key in state):
             was, now = ("whole", "sharded") if is_sharded(p) else ("sharded", "whole")
             raise ValueError(
-                f"this state of {self.groups.name} is of a model that was {was}, but the model here is {now}: "
+                f"this state of {self.groups.name} is of a model that was {was}, but this one is {now}: "
                 "save and load it with torch.distributed.checkpoint, which shares it out anew."
             )
 

@@ -107,10 +107,13 @@ def train(model, optimizer, batches, kind, share=slice(None)):
     """Two micro-batches a step, clipped gradients, and now and then the model is evaluated in between."""
     for k, (x, y) in enumerate(batches):
         optimizer.zero_grad()
-        micro = [(x[:4], y[:4]), (x[4:], y[4:])] if k % 3 == 1 else [(x, y)]
+        micro = [(x[:4], y[:4]), (x[4:], y[4:])] if k % 4 == 0 else [(x, y)]
         for i, (x_i, y_i) in enumerate(micro):
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(i + 1 == len(micro))
+            if kind == "cnn" and k % 40 == 0:  # of which A is nothing
+                moved = (x_i[share] + 1).requires_grad_()
+                torch.autograd.grad(model(moved).square().sum(), moved)
             output = model(x_i[share])
             (F.cross_entropy(output, y_i[share].flatten()) / len(micro)).backward()
         clip_grad_norm_(model.parameters(), 0.5)

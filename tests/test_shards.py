@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def processes(count, cases, folder):
-    """What all of so many have after each case, MODEL:HOW; starting processes takes longer than most cases."""
+    """What all of so many have after each case, MODEL:HOW; starting them takes longer than most cases."""
     script = Path(__file__).with_name("of_a_shard.py")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run([*run, script, folder, *cases], capture_output=True, text=True, timeout=300)
@@ -124,7 +124,7 @@ def test_what_needs_whole_rows_is_refused_before_anything_moves(alone):
     for method in OPTIMIZERS.values():
         with pytest.raises(ValueError, match=r"^'0\.0' \(Conv2d\) is sharded.*KFBFGS\(model\)"):
             method(model, lr=0.1, damping=1.0)
-    with pytest.raises(ValueError, match="^shard_factors=True is for DistributedDataParallel"):
+    with pytest.raises(ValueError, match=r"^shard_factors=True is for DistributedDataParallel"):
         kfqn.KFBFGS(model, shard_factors=True)
     with pytest.raises(ValueError, match=r"^'1\.0' .* is sharded"):
         kfqn.KFBFGS(model, groups=[{"modules": "1", "lr": 0.1}])
@@ -145,7 +145,7 @@ def test_a_model_that_is_sharded_when_the_optimizer_is_there_is_refused_at_the_s
 
 
 def test_a_whole_state_is_not_taken_for_a_part(alone):
-    model, optimizer = of_one("cnn", 2)
+    _, optimizer = of_one("cnn", 2)
     other = sharded(build("cnn"), alone)
     theirs = optimizer_of(other, "cnn")
     for own, saved, was in ((theirs, optimizer, "whole"), (optimizer, theirs, "sharded")):
