@@ -133,17 +133,14 @@ def test_directions_together_are_as_each_is_alone(largest):
     assert orthogonal.orthogonalised([], largest) == []
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-@pytest.mark.parametrize(("shape", "largest"), [((9, 4), None), ((3, 2), None), ((12, 5), 4), ((8, 5), 4)])
+SHARED_OUT = [((9, 4), None, 2), ((9, 4), None, 5), ((3, 2), None, 5), ((12, 5), 4, 3), ((8, 5), 4, 5)]
+
+
+@pytest.mark.parametrize(("shape", "largest", "processes"), SHARED_OUT)
 def test_processes_that_have_some_rows_each_find_the_same(shape, largest, processes):
-    """Some have fewer rows than others, or none. Each is asked twice, the second time with what all have told."""
+    """Some have fewer rows, or none. Each is asked twice, the second time with what all have told."""
     P = torch.randn(shape, dtype=torch.float64)
-    rows, columns = shape
-    cuts = [Cut(rows, processes, rank, None) for rank in range(processes)]
-    whole = orthogonal.blocks(rows, columns, largest)
-    if whole is not None and not cuts[0].keeps_whole(whole.size):
-        assert cuts[0].each % whole.size
-        return
+    cuts = [Cut(len(P), processes, rank, None) for rank in range(processes)]
     told = []
 
     def tell(tensors):
@@ -153,8 +150,10 @@ def test_processes_that_have_some_rows_each_find_the_same(shape, largest, proces
     def sums(tensors):
         return [sum(of_all) for of_all in zip(*told, strict=True)]
 
+    def found(own, add):
+        return orthogonal.orthogonalised([own], largest, orthogonal.Shared([len(P)], add))[0]
+
     shares = [cut.own(P) for cut in cuts]
     for own in shares:
-        orthogonal.orthogonalised([own], largest, orthogonal.Shared([rows], tell))
-    parts = [orthogonal.orthogonalised([own], largest, orthogonal.Shared([rows], sums))[0] for own in shares]
-    torch.testing.assert_close(torch.cat(parts), orthogonalised(P, largest))
+        found(own, tell)
+    torch.testing.assert_close(torch.cat([found(own, sums) for own in shares]), orthogonalised(P, largest))
