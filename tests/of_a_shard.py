@@ -15,6 +15,7 @@ from foreign import Conv1D
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
@@ -89,8 +90,6 @@ def data(kind):
 
 def sharded(model, mesh):
     """As is usual: block by block, and what is left of the root; the head of the CNN for itself."""
-    from torch.distributed.fsdp import fully_shard
-
     for block in getattr(model, "blocks", model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

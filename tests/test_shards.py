@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from of_a_shard import FEW, STEPS, build, data, load, optimizer_of, result, save, sharded, train
 from test_contract import OPTIMIZERS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import kfqn
@@ -100,12 +102,6 @@ def of_both(mesh):
     return fully_shard(model, mesh=both["data"])
 
 
-def fully_shard(model, mesh):
-    from torch.distributed.fsdp import fully_shard
-
-    return fully_shard(model, mesh=mesh)
-
-
 REFUSED = {
     r"'1\.weight' is a DTensor that is not fully_shard's": of_tensor_parallelism,
     r"'1\.weight' is not, so that nobody averages its gradient": in_part,
@@ -153,3 +149,23 @@ def test_a_whole_state_is_not_taken_for_a_part(alone):
             train(other, theirs, data("cnn")[:2], "cnn")
         with pytest.raises(ValueError, match=f"of a model that was {was}.*torch.distributed.checkpoint"):
             own.load_state_dict(saved.state_dict())
+
+
+def test_mixed_precision_closures_and_a_warm_start(alone):
+    """Factors are kept in the weights' type, and the root, which evaluation leaves whole, is sharded again."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float64)
+    model = build("cnn")
+    fully_shard(model, mesh=alone, mp_policy=half)
+    optimizer = kfqn.KFBFGS(model)
+    (x, y), *_ = data("cnn")
+    optimizer.warm_start([x, x])
+    losses = [optimizer.step(kfqn.closure(model, x, y, F.cross_entropy)).item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+    tensors = [v for state in optimizer.state.values() for key, v in state.items() if key in ("DW", "H_A")]
+    assert {v.dtype for v in tensors} == {torch.float64}
+    with torch.no_grad():
+        model(x)
+    assert optimizer.plan().count("KFBFGS") == len(optimizer.layers)
+    with torch.no_grad():
+        model(x)
+    assert all(layer.sharded for layer in kfqn.KFBFGS(model).layers)
