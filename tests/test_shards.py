@@ -152,7 +152,7 @@ def test_a_whole_state_is_not_taken_for_a_part(alone):
 
 
 def test_mixed_precision_closures_and_a_warm_start(alone):
-    """Factors are kept in the weights' type, and the root, which evaluation leaves whole, is sharded again."""
+    """Factors are kept in the weights' type, and the root, which evaluation gathers, is sharded again."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float64)
     model = build("cnn")
     fully_shard(model, mesh=alone, mp_policy=half)
