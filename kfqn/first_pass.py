@@ -1,7 +1,7 @@
 """The first pass over a batch: running a closure, what it has to give, and whether a step can be taken."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from kfqn.context import nothing
 from kfqn.parameters.groups import note
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.shards import local
 from kfqn.passes.replay import start_of
 from kfqn.training import Records, Training
 
@@ -93,18 +94,26 @@ def collect(training: Training, closure: Any) -> tuple[Records, list[Layer]]:
 
 
 def _with_gradients(training: Training, records: Records) -> list[Layer]:
-    layers = []
-    for layer in training.groups.layers:
-        gradients = layer.gradients()
-        if not gradients:
-            continue
-        unseen = layer not in records and training.recorder.first and training.ranks.size == 1
-        if unseen and not any(g.any() for g in gradients):
-            if not training.states.of(layer):  # torch.distributed.checkpoint asks for states this way
-                training.states.enter(layer, training.states.empty(layer))
-            continue
-        layers.append(layer)
-    return layers
+    states, found = training.states, {layer: layer.gradients() for layer in training.groups.layers}
+    layers = [layer for layer, gradients in found.items() if gradients]
+    unseen = [layer for layer in layers if layer not in records and training.recorder.first]
+    idle = {layer for layer in unseen if not any(g.any() for g in found[layer])}
+    if training.ranks.size > 1:
+        idle = _idle_everywhere(training, layers, idle)
+    for layer in idle:
+        if not states.of(layer) and states.owns(layer):  # torch.distributed.checkpoint asks this way
+            states.enter(layer, states.empty(layer))
+    return [layer for layer in layers if layer not in idle]
+
+
+def _idle_everywhere(training: Training, layers: Sequence[Layer], idle: Collection[Layer]) -> set[Layer]:
+    """Those of these layers without state that no process has seen, nor got a gradient for."""
+    new = training.states.missing(layers)
+    if not new:
+        return set()
+    flags = training.groups.layers[0].empty().new_tensor([layer in idle for layer in new])
+    everywhere = training.ranks.all(flags.bool()).tolist()
+    return {layer for layer, is_idle in zip(new, everywhere, strict=True) if is_idle}
 
 
 def signs(training: Training, loss: Tensor | None, layers: Iterable[Layer]) -> Tensor:
@@ -144,10 +153,11 @@ def _values(
     found: list[tuple[Tensor | None, Tensor]] = []
     for p in others:
         if p.grad is not None:
-            g = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+            g = p.grad.coalesce().values() if p.grad.is_sparse else local(p.grad)
             found += [(p, g)] if g.numel() else []
     for layer in layers:
-        found += zip(layer.parameters(), layer.gradients(), strict=True)
+        pairs = zip(layer.parameters(), layer.gradients(), strict=True)
+        found += [(p, g) for p, g in pairs if g.numel()]
     return found if loss is None else [*found, (None, loss.detach())]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn.parameters.groups import Group, Groups, note
+from kfqn.parameters.shards import local, reshard
 from kfqn.steps.weight_average import WeightAverage
 
 KEY = "ahead"
@@ -41,9 +42,10 @@ class Iterates:
     @torch.no_grad()
     def go_ahead(self) -> None:
         """A training pass begins: put z in the model."""
-        for place, group in self._groups():
-            if group["progress"][KEY]:
-                continue
+        behind = [(place, group) for place, group in self._groups() if not group["progress"][KEY]]
+        if behind:
+            self._reshard()
+        for place, group in behind:
             note(group, ahead=True)
             weights, kept = self._kept(place)
             if weights:
@@ -55,6 +57,7 @@ class Iterates:
     def fall_back(self) -> None:
         """Put x back in the model, and have it follow z if a step has been taken."""
         stepped, self.stepped = self.stepped, False
+        self._reshard()
         for place, group in self._groups():
             weights, kept = self._kept(place)
             if stepped:
@@ -71,6 +74,11 @@ class Iterates:
             note(group, ahead=False)
             if stepped:
                 self._begin(place)
+
+    def _reshard(self) -> None:
+        """What `fully_shard` has gathered of the model is not what it is to hold."""
+        if any(layer.sharded for layer in self.groups.layers):
+            reshard(self.groups.model)
 
     def _groups(self) -> Iterator[tuple[int, Group]]:
         for place in self.rules:
@@ -94,7 +102,7 @@ class Iterates:
         ]
         for x, state, key in found:
             state[key] = state[key].to(x)
-        return [x.data for x, _, _ in found], [state[key] for _, state, key in found]
+        return [local(x).data for x, _, _ in found], [local(state[key]) for _, state, key in found]
 
     def _averaged(self, place: int) -> Iterator[tuple[Tensor, str, Tensor]]:
         """All that is averaged with a group: in whose state, by what name, and the tensor itself."""

@@ -93,8 +93,9 @@ class KFBFGS(Kronecker):
 
     Raises:
         TypeError: for parameters, or anything else, instead of a model, and for parts that are none.
-        ValueError: for an argument out of range, a group that is none, a model without any such layer or with
-            parameters that are sharded, and a layer that is too wide for whole factors.
+        ValueError: for an argument out of range, a group that is none, a model without any such layer or that
+            is sharded but not by `fully_shard` (`docs/distributed.md`), a layer that is too wide for whole
+            factors, and a sharded one with a setting that asks for second passes.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from kfqn.learning.second_pass import Handle
 from kfqn.parameters.fallback import Others
 from kfqn.parameters.groups import Group, Groups
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.shards import processes_of
 from kfqn.parts import Parts
 from kfqn.training import Curvature, Training, shapes_of
 from kfqn.weights import averaged_weights
@@ -63,6 +64,11 @@ class Kronecker(torch.optim.Optimizer):
         self.param_groups.clear()
         self._groups.bind(self)
         self._groups.start(groups, super().add_param_group, self._shapes)
+        if shard_factors and any(layer.sharded for layer in self._groups.layers):
+            raise ValueError(
+                "shard_factors=True is for DistributedDataParallel: of a model that fully_shard has sharded "
+                "every process needs all H_A for its own rows, so leave it out."
+            )
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         self._begin(process_group, set())
@@ -281,6 +287,8 @@ class Kronecker(torch.optim.Optimizer):
 
     def _begin(self, process_group: Any, warned: set[str]) -> None:
         """What is not saved: hooks, and the memory of the last pass."""
+        if process_group is None:
+            process_group = processes_of(self._groups.layers[0].weight)
         self.training = Training(
             self._groups, self._curvature, self._parts, process_group, self._shard, warned
         )

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kfqn.formulas.rows import Rows
 from kfqn.parameters.groups import Group, Groups, Shapes, State
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.shards import is_sharded
 from kfqn.runtime.ranks import Ranks
 
 EMPTY = -1.0  # ``step`` of a state that is all zeros because nothing has been seen yet
@@ -70,7 +71,9 @@ class States:
         """A state of zeros."""
         like = layer.empty()
         shapes = self.shapes(layer, self.groups.of(layer))
-        zeros = {key: like.new_zeros(shape, dtype=self.dtype(layer, key)) for key, shape in shapes.items()}
+        zeros = {key: like.new_zeros(shape) for key, shape in shapes.items() if key != "DW"}
+        if "DW" in shapes:
+            zeros["DW"] = layer.zeros(self.dtype(layer, "DW"))
         counts = torch.zeros(len(self.counted), device=like.device)
         empty = torch.tensor(EMPTY, device="cpu")
         return zeros | {"step": empty, "counts": counts, "last": counts.new_zeros(2)}
@@ -118,6 +121,11 @@ class States:
             self._partition()
         for layer in self.groups.layers:
             state = self.of(layer)
+            if is_sharded(layer.modules[0].weight) and not layer.sharded:
+                raise ValueError(
+                    f"{layer} was sharded after {self.groups.name} was built, which does not know its "
+                    "parameters any more: call fully_shard first."
+                )
             if state and not self.owns(layer):
                 for p in layer.parameters():
                     kept = _ahead(self.groups.state, p)
@@ -152,6 +160,7 @@ class States:
         state_dict = {**saved, "param_groups": completed}
         layers, fallback = {layer.weight: layer for layer in groups.layers}, self._of_fallback()
         for p, state, group in self._pairs(state_dict):
+            self._check_sharding(p, layers.get(p), state)
             if state.keys() - {"ahead"} and p not in fallback:
                 self._check(layers.get(p), state, group)
         of_layers = [group for place, group in enumerate(saved["param_groups"]) if place in places]
@@ -161,6 +170,16 @@ class States:
                 "what it had found elsewhere in its groups: load the weights alone, and start anew."
             )
         return state_dict
+
+    def _check_sharding(self, p: Tensor, layer: Layer | None, state: State) -> None:
+        """Raise ValueError if a whole state was saved for a sharded parameter, or the other way round."""
+        expected = {"ahead": is_sharded(p), "DW": layer is not None and layer.cut is not None}
+        if any(is_sharded(state[key]) != there for key, there in expected.items() if key in state):
+            was, now = ("whole", "sharded") if is_sharded(p) else ("sharded", "whole")
+            raise ValueError(
+                f"this state of {self.groups.name} is of a model that was {was}, but this one is {now}: "
+                "save and load it with torch.distributed.checkpoint, which shares it out anew."
+            )
 
     def _pairs(self, saved: Mapping[str, Any]) -> list[tuple[Tensor, State, Group]]:
         """Every parameter with what was saved of it, and of its group."""

@@ -165,6 +165,7 @@ class Curvature(ABC):
     """
 
     counted: tuple[str, ...]  # what a layer's ``counts`` counts
+    shards: bool  # whether it can be of a layer of whose rows each process has some
 
     @abstractmethod
     def check_closure(self, name: str, closure: Any) -> None:
@@ -216,8 +217,17 @@ class Curvature(ABC):
 
 
 def shapes_of(curvature: Curvature, parts: Parts, layer: Layer, group: Group) -> Shapes:
-    """The shape of every tensor in the state of a layer with these settings."""
-    return curvature.shapes(layer, group, chosen(parts, group))
+    """The shape of every tensor in the state of a layer with these settings.
+
+    Raises ValueError for a sharded layer if they ask for a second pass or for a factor of its rows.
+    """
+    own = chosen(parts, group)
+    if layer.sharded and (own.output.learns or not curvature.shards):
+        raise ValueError(
+            f"{layer} is sharded, but these settings ask for a factor of its outputs, H_G or Γ, and second "
+            "passes for it, which need whole rows: use KFBFGS(model), or Parts(output=NoOutputFactor())."
+        )
+    return curvature.shapes(layer, group, own)
 
 
 def mean_moments(

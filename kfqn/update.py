@@ -16,6 +16,7 @@ from kfqn.formulas.rounding import rounded_at_random
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
 from kfqn.parameters.settings import l2, shrinkage
+from kfqn.parameters.shards import local
 from kfqn.state import full_precision
 from kfqn.steps.direction import Direction
 from kfqn.steps.rule import Proposal
@@ -41,9 +42,12 @@ def propose(
     sizes: dict[Layer | None, int] = {} if signs is None else {None: len(signs)}
     sizes |= {layer: 3 + len(layer.parameters()) for layer in directions}
     shapes = {key: (size,) for key, size in sizes.items()}
-    shared = ranks.means(own, shapes, training.groups.layers[0].empty())
+    like = training.groups.layers[0].empty()
+    shared = ranks.means(own, shapes, like.double() if any(x.sharded for x in directions) else like)
     numbers = iter(torch.cat([shared[key] for key in sizes]).tolist())
     read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
+    for layer in [layer for layer in directions if layer.sharded]:
+        read[layer][1:] = map(math.sqrt, read[layer][1:])
     rates = training.rates()
     proposals = {
         layer: proposal(layer, rates[training.groups.places[layer]], P, *read[layer])
@@ -78,9 +82,12 @@ def _directions(training: Training, layers: Sequence[Layer]) -> Iterable[tuple[L
 
     given = [*itertools.chain(*gradients.values())]
     with full_precision(training.groups.layers):
-        kept = [x for layer in layers for x in layer.parameters()]
-        kept += [x for state in states for x in state.values()]
-        found = training.graphs.run("directions", of, given, kept, (layers, groups))
+        if any(layer.sharded for layer in layers):  # what processes exchange is no part of a graph
+            found: Sequence[Tensor] = of(given)
+        else:
+            kept = [x for layer in layers for x in layer.parameters()]
+            kept += [x for state in states for x in state.values()]
+            found = training.graphs.run("directions", of, given, kept, (layers, groups))
     return zip(layers, found[::2], found[1::2], strict=True)
 
 
@@ -100,17 +107,29 @@ def _of_some(
         how = training.of(layer).direction, group.get("max_factor_size"), group.get("split", 1)
         alike.setdefault(how, []).append(layer)
     for (direction, largest, split), members in alike.items():
-        given = [directions[layer] for layer in members]
+        given, cuts = [directions[layer] for layer in members], [layer.cut for layer in members]
         if split == 1:
-            directions.update(zip(members, direction.of(given, largest), strict=True))
+            directions.update(zip(members, direction.of(given, largest, cuts), strict=True))
         else:
-            parts = direction.of([P.unflatten(-2, (split, -1)) for P in given], largest)
+            parts = direction.of([P.unflatten(-2, (split, -1)) for P in given], largest, cuts)
             directions.update(zip(members, map(of_own_layers, parts), strict=True))
     for layer, DW in averages.items():
         P = directions[layer]
-        norms = torch._foreach_norm([P, DW, *layer.parameters()], 2, P.dtype)
-        results += [P, torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])]
+        norms = torch._foreach_norm([P, DW, *layer.held()], 2, P.dtype)
+        of_layer = torch.stack([torch.linalg.vecdot(P.flatten(), DW.flatten()), *norms])
+        results += [P, _shares(layer, of_layer) if layer.sharded else of_layer]
     return results
+
+
+def _shares(layer: Layer, numbers: Tensor) -> Tensor:
+    """What a process has of ⟨P, D̂W⟩ and of squared norms, as numbers whose means are those of the whole.
+
+    Of a layer without a cut P and D̂W are whole. In float64, whose range squares do not leave.
+    """
+    shares = numbers.double()
+    shares[1:].square_()
+    shares[3 if layer.cut is None else 0 :].mul_(layer.processes)
+    return shares
 
 
 def _small_together(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
@@ -185,7 +204,7 @@ def keep_averages(training: Training, layers: Sequence[Layer]) -> None:
         beta = parts.average.beta(group)
         of_group = [layer for layer in layers if training.groups.places[layer] == place]
         if beta is not None:
-            kept = {layer: training.states.of(layer)["DW"] for layer in of_group}
+            kept = {layer: local(training.states.of(layer)["DW"]) for layer in of_group}
             if parts.average.bfloat16:
                 _average_in_bfloat16(kept, beta, group)
             else:
@@ -210,7 +229,7 @@ def _apply(training: Training, layer: Layer, own: Proposal, rate: float, share: 
     if not training.states.owns(layer):
         P = layer.W()
     elif momentum:
-        P = training.states.of(layer)["DW"].mul_(momentum).add_(P, alpha=share)
+        P = local(training.states.of(layer)["DW"]).mul_(momentum).add_(P, alpha=share)
     P = P.contiguous()
     training.ranks.send(P, training.states.owners.get(layer))
     if share and (decay := shrinkage(group)):

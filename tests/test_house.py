@@ -26,6 +26,7 @@ ORDER = [
     "formulas.rounding",
     "parameters.settings",
     "parameters.schedules",
+    "parameters.shards",
     "parameters.layers",
     "parameters.discovery",
     "parameters.fallback",

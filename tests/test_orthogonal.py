@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kfqn.formulas import orthogonal
+from kfqn.parameters.shards import Cut
 
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (40, 300)]
 
@@ -130,3 +131,29 @@ def test_directions_together_are_as_each_is_alone(largest):
         assert (got.shape, got.dtype) == (P.shape, P.dtype)
         torch.testing.assert_close(got, orthogonalised(P, largest))
     assert orthogonal.orthogonalised([], largest) == []
+
+
+SHARED_OUT = [((9, 4), None, 2), ((9, 4), None, 5), ((3, 2), None, 5), ((12, 5), 4, 3), ((8, 5), 4, 5)]
+
+
+@pytest.mark.parametrize(("shape", "largest", "processes"), SHARED_OUT)
+def test_processes_that_have_some_rows_each_find_the_same(shape, largest, processes):
+    """Some have fewer rows, or none. Each is asked twice, the second time with what all have told."""
+    P = torch.randn(shape, dtype=torch.float64)
+    cuts = [Cut(len(P), processes, rank, None) for rank in range(processes)]
+    told = []
+
+    def tell(tensors):
+        told.append(tensors)
+        return tensors
+
+    def sums(tensors):
+        return [sum(of_all) for of_all in zip(*told, strict=True)]
+
+    def found(own, add):
+        return orthogonal.orthogonalised([own], largest, orthogonal.Shared([len(P)], add))[0]
+
+    shares = [cut.own(P) for cut in cuts]
+    for own in shares:
+        found(own, tell)
+    torch.testing.assert_close(torch.cat([found(own, sums) for own in shares]), orthogonalised(P, largest))

@@ -11,8 +11,8 @@ which is small where P is wide.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -35,22 +35,40 @@ class _Part(NamedTuple):
     rank: int  # the number of singular values of all pieces together
 
 
-def orthogonalised(directions: Sequence[Tensor], largest: int | None) -> list[Tensor]:
+@final
+class Shared(NamedTuple):
+    """Directions of which several processes have some rows each.
+
+    ``rows`` says how many all have, None where P is whole; ``add`` makes tensors their sums over processes.
+    """
+
+    rows: Sequence[int | None]
+    add: Callable[[list[Tensor]], list[Tensor]]
+
+
+def orthogonalised(
+    directions: Sequence[Tensor], largest: int | None, shared: Shared | None = None
+) -> list[Tensor]:
     """Every P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was, (M2).
 
     The groups *g are diagonal blocks of one matrix. A P with more than ``largest`` rows and columns is cut
     into blocks of at most half as many rows, each for itself: a whole one would cost more than a pass over a
     usual batch. Of rows, so that what multiplies P is symmetric and positive, as H_G is. Directions whose
     squares are alike, of one type and device, are treated in one.
+
+    Of ``shared`` directions no block (`blocks`) may be in two processes.
     """
-    cuts = [_cut(P, largest) for P in directions]
+    rows = [None] * len(directions) if shared is None else shared.rows
+    cuts = [_cut(P, n, largest) for P, n in zip(directions, rows, strict=True)]
     parts = [_part(P, cut) for P, cut in zip(directions, cuts, strict=True)]
+    sizes = {} if shared is None else _add_up_(parts, cuts, shared)
     alike: dict[Any, list[int]] = {}
     for i, (_, squares, rank) in enumerate(parts):
-        alike.setdefault((squares.shape, squares.dtype, squares.device, rank), []).append(i)
+        alike.setdefault((squares.shape, squares.dtype, squares.device, rank, i in sizes), []).append(i)
     results = [*directions]
     for members in alike.values():
-        roots = _roots(torch.stack([parts[i].squares for i in members]), parts[members[0]].rank)
+        size = torch.stack([sizes[i] for i in members]) if members[0] in sizes else None
+        roots = _roots(torch.stack([parts[i].squares for i in members]), parts[members[0]].rank, size)
         for i, root in zip(members, roots, strict=True):
             results[i] = _put_together(parts[i], root, cuts[i], directions[i])
     return results
@@ -68,17 +86,38 @@ def of_own_layers(parts: Tensor) -> Tensor:
     return alike.flatten(-3, -2)
 
 
-def _cut(P: Tensor, largest: int | None) -> Blocks | None:
-    """How the rows of P are cut; None where its columns are fewer, and few enough."""
-    rows, columns = P.shape[-2:]
+def blocks(rows: int, columns: int, largest: int | None) -> Blocks | None:
+    """How so many rows are cut; None where columns are fewer, and few enough."""
     if columns < rows and (largest is None or columns <= largest):
         return None
     return Blocks.of_at_most(rows if largest is None or rows <= largest else max(1, largest // 2), rows)
 
 
+def _cut(P: Tensor, rows: int | None, largest: int | None) -> Blocks | None:
+    """How P is cut, or what this process has of it if it is shared."""
+    whole = blocks(P.shape[-2] if rows is None else rows, P.shape[-1], largest)
+    return whole if rows is None or whole is None else Blocks(P.shape[-2], whole.size)
+
+
+def _add_up_(parts: list[_Part], cuts: Sequence[Blocks | None], shared: Shared) -> dict[int, Tensor]:
+    """Make the squares and ranks of shared directions those of all processes.
+
+    Of those that are cut into blocks, whose squares are here, their squared norms, (1,).
+    """
+    own = [i for i, rows in enumerate(shared.rows) if rows is not None]
+    told = [parts[i].squares if cuts[i] is None else _traces(parts[i].squares).sum()[None] for i in own]
+    sizes = {}
+    for i, total in zip(own, shared.add(told), strict=True):
+        if cuts[i] is None:
+            parts[i] = parts[i]._replace(squares=total)
+        else:
+            parts[i], sizes[i] = parts[i]._replace(rank=shared.rows[i] or 0), total
+    return sizes
+
+
 def _part(P: Tensor, cut: Blocks | None) -> _Part:
     if cut is None:
-        pieces = P.reshape(-1, *P.shape[-2:])
+        pieces = P.reshape(P.shape[:-2].numel(), *P.shape[-2:])
         return _Part(pieces, pieces.mT @ pieces, len(pieces) * P.shape[-1])
     pieces = cut.split(P, -2).reshape(-1, cut.size, P.shape[-1])
     return _Part(pieces, pieces @ pieces.mT, P.shape[:-1].numel())
@@ -91,15 +130,20 @@ def _put_together(part: _Part, root: Tensor, cut: Blocks | None, P: Tensor) -> T
     return cut.join(pieces.view(*P.shape[:-2], cut.count, cut.size, P.shape[-1]), -2)
 
 
-def _roots(squares: Tensor, rank: int) -> Tensor:
+def _traces(squares: Tensor) -> Tensor:
+    return squares.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _roots(squares: Tensor, rank: int, size_of_all: Tensor | None) -> Tensor:
     """What to multiply pieces with, given X Xᵀ of the b pieces of each of l directions, (l, b, n, n).
 
     About (X Xᵀ)^(−½), for eigenvalues not far below the largest, times what gives a direction of so many
-    singular values the norm that it has.
+    singular values the norm that it has: of pieces in several processes the root of ``size_of_all``, (l, 1).
     """
     numbers, shape = torch.finfo(squares.dtype), squares.shape
-    traces = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
-    norms = traces.sum(-1, keepdim=True).sqrt().expand_as(traces) / math.sqrt(rank)  # ‖P‖, (l, b)
+    traces = _traces(squares)
+    sizes = traces.sum(-1, keepdim=True) if size_of_all is None else size_of_all
+    norms = sizes.sqrt().expand_as(traces) / math.sqrt(rank)  # ‖P‖, (l, b)
     norms, size = norms.reshape(-1, 1, 1), traces.reshape(-1, 1, 1).clamp(min=numbers.tiny)
     left = squares.flatten(0, 1) / size  # the norm of what is not near 1 might leave the range of the type
     of_left = torch.linalg.matrix_norm(left, keepdim=True).clamp(min=numbers.eps)

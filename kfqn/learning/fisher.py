@@ -34,6 +34,7 @@ class Fisher(Curvature):
     ``averaging`` ``mean_W``.
     """
 
+    shards = False
     counted = ("resets", "Omega skipped", "Gamma skipped", "inversions", "not inverted")
 
     def check_closure(self, name: str, closure: Any) -> None:

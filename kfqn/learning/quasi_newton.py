@@ -46,6 +46,7 @@ class QuasiNewton(Curvature):
     than ``max_factor_size`` the b blocks on its diagonal are kept, (b, …).
     """
 
+    shards = True
     counted = ("resets", "A taken", "A skipped", "G taken", "G damped", "G skipped")
 
     def check_closure(self, name: str, closure: Any) -> None:
@@ -130,9 +131,9 @@ class QuasiNewton(Curvature):
         group, parts, A = training.groups.of(layer), training.of(layer), moments["A"]
         damping = parts.damping.start(layer, A, moments["vectors"] * training.ranks.size)
         H_A = parts.input.start(layer, A, parts.damping.lambda_A(group, damping))
-        state = training.states.empty(layer) | H_A | damping
+        state = {key: A.new_zeros(shape) for key, shape in parts.output.shapes(layer, group).items()}
         parts.output.start_(state)
-        return state
+        return state | H_A | damping
 
     def direction(self, training: Training, DW: Tensor, layer: Layer) -> Tensor:
         parts, state = training.of(layer), training.states.of(layer)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from kfqn.parameters.layers import ConvolutionLayer, Layer, LinearLayer
+from kfqn.parameters.shards import reshard, wrongly_sharded
 
 Owners = Mapping[Tensor, Mapping[str, nn.Module]]
 
@@ -121,23 +122,6 @@ def uncovered(model: nn.Module, layers: Sequence[Layer], asked: Collection[Tenso
     )
 
 
-def _sharded(model: nn.Module) -> str | None:
-    """The first module or parameter of which this process has a part only; None if there is none."""
-    for name, module in model.named_modules():
-        if _is_a(module, "FullyShardedDataParallel"):
-            return f"'{name or 'the model itself'}' is a FullyShardedDataParallel"
-    for name, p in model.named_parameters():
-        for kind in ("DTensor", "ShardedTensor", "FlatParameter"):
-            if _is_a(p, kind):
-                return f"'{name}' is a {kind}"
-    return None
-
-
-def _is_a(x: Any, name: str) -> bool:
-    """Whether x is of a class of this name, which need not be imported to ask."""
-    return any(kind.__name__ == name for kind in type(x).__mro__)
-
-
 def parameters_of(model: nn.Module, modules: Modules) -> list[Tensor]:
     """The parameters of some modules, given themselves or by their names in the model, and all below them.
 
@@ -212,22 +196,31 @@ def check_split(layer: Layer, group: Mapping[str, Any]) -> None:
             f"split={split} is of directions that are orthogonalised, and those of {layer} are not, whose lr "
             'is a number: leave split out, or let the lr of its group be "auto".'
         )
+    if split > 1 and layer.sharded:
+        raise ValueError(
+            f"split={split} would cut the rows of {layer} where other processes have them (fully_shard): "
+            "leave split out, or let the parts be modules of their own."
+        )
 
 
 def checked_model(model: nn.Module, name: str) -> nn.Module:
-    """The model itself, for the optimizer ``name``; TypeError if it is none, ValueError if it is sharded."""
+    """The model itself, for the optimizer ``name``; what `fully_shard` has gathered of it is dropped.
+
+    Raises TypeError if it is none, and ValueError if it is sharded in another way.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{name} takes the model itself, to see what goes through its layers, but got a "
             f"{type(model).__name__}: write {name}(model), not {name}(model.parameters()), with settings for "
             "some of it as groups=[...]."
         )
-    part = _sharded(model)
-    if part is not None:
+    reshard(model)
+    wrong = wrongly_sharded(model)
+    if wrong is not None:
         raise ValueError(
-            f"{name} cannot train a sharded model, of whose parameters each process has a part (FSDP, "
-            f"fully_shard, tensor parallelism), and {part}: its factors are of whole layers; use "
-            "DistributedDataParallel, and shard_factors=True to share the factors out."
+            f"{name} cannot train a sharded model unless fully_shard (FSDP2) has sharded all of it on one "
+            f"mesh, but {wrong}: use fully_shard alone, or DistributedDataParallel with shard_factors=True, "
+            "which shares the factors out."
         )
     return unwrapped(model)
 

@@ -22,6 +22,7 @@ from kfqn.parameters.discovery import (
 from kfqn.parameters.fallback import Others, adamw, made
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.settings import checked_settings, resolved
+from kfqn.parameters.shards import reshard
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -211,6 +212,7 @@ class Groups:
 
     def plan(self, size: Callable[[Layer], int]) -> str:
         """A table of what happens to every trainable parameter: see `Kronecker.plan`."""
+        reshard(self.model)
         names = {p: name for name, p in self.model.named_parameters()}
         lines = [("parameters", "rule", "shape", "lr", "state, MB")]
         for layer in self.layers:

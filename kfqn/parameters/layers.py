@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kfqn.formulas.inputs import Convolution, ConvolutionInputs, Inputs, LinearInputs
+from kfqn.parameters import shards
 
 
 class Layer(ABC):
@@ -30,6 +31,9 @@ class Layer(ABC):
     kept as (J, I), its outputs last.
     ``weight`` stands for the whole layer: it is the key of the layer's optimizer state. ``bias`` is
     None where there is none to train, or the modules have each their own.
+
+    Of a layer that is ``sharded`` each of so many ``processes`` has a part. With a ``cut`` these are rows of
+    W, and matrices here have those rows only; without, as of groups, whole matrices are gathered when needed.
     """
 
     def __init__(
@@ -46,11 +50,19 @@ class Layer(ABC):
         self.groups, self.columns = inputs.groups, inputs.columns
         self.outputs = len(self._outputs_first(self.weight))  # of all groups together
         self.fan_in = self.weight.numel() // self.outputs  # J|Δ|
+        self.sharded = shards.is_sharded(self.weight)
+        self.cut = self._cut() if self.sharded else None
+        self.processes = shards.place(self.weight)[0] if self.sharded else 1
 
     @property
     def rows(self) -> int:
         """I, the outputs of a group."""
         return self.outputs // math.prod(self.groups)
+
+    def _cut(self) -> shards.Cut | None:
+        of_bias = None if self.bias is None else shards.cut_of(self.bias, 0)
+        cut = shards.cut_of(self.weight, 1 if self.transposed else 0)
+        return None if self.groups or (self.bias is not None and of_bias is None) else cut
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,17 +83,34 @@ class Layer(ABC):
 
     def empty(self) -> Tensor:
         """A tensor without entries, where and of which type the layer's statistics are."""
-        return self.weight.new_empty(0, dtype=self.dtype)
+        return shards.local(self.weight).new_empty(0, dtype=self.dtype)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """A matrix (*g, I, C) of zeros, to be kept: all of it, shared out over the processes as W is."""
+        shape = (*self.groups, self.rows, self.columns)
+        if self.cut is not None:
+            return shards.zeros(shape, self.weight, dtype)
+        return self.empty().new_zeros(shape, dtype=dtype)
+
+    def held(self) -> list[Tensor]:
+        """What this process has of `parameters`."""
+        return [*map(shards.local, self.parameters())] if self.sharded else self.parameters()
+
+    def _gathered(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a matrix is made of, given what this process has of the parameters or their gradients."""
+        if self.sharded and self.cut is None:
+            return [*map(shards.whole, parts, self.parameters())]
+        return parts
 
     def W(self) -> Tensor:
         """The parameters as one matrix (*g, I, C)."""
-        return self._matrix(self.weight, self.bias)
+        return self._matrix(*self._gathered(self.held()))
 
     def gradients(self) -> list[Tensor]:
         """``.grad`` of weight and bias, with zeros for one that has none while the other has; or nothing.
 
-        A loss of derivatives of the output alone, for one, gives the last bias none. Raises RuntimeError if
-        one of them is frozen.
+        Of a sharded layer this process's part. A loss of derivatives of the output alone, for one, gives
+        the last bias none. Raises RuntimeError if one of them is frozen.
         """
         parameters = self.parameters()
         if all(p.grad is None for p in parameters):
@@ -91,16 +120,17 @@ class Layer(ABC):
                 f"{self} got a gradient for only one of weight and bias, and the two form one matrix here: "
                 "freeze both or neither, before the optimizer is built."
             )
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return [*map(shards.local, given)] if self.sharded else given
 
     def DW(self, gradients: Sequence[Tensor], decay: float = 0.0, of_bias: float = 1.0) -> Tensor:
         """`gradients` as one matrix (*g, I, C), on the scale of ``.grad``, with ``decay`` × W added.
 
         Of the bias it is this times ``of_bias``, here as in all that follows.
         """
-        weight, *bias = gradients
-        DW = self._matrix(weight, bias[0] if bias else None)
-        for (p, part), own in zip(self.parts(DW), _decays(decay, of_bias), strict=False):
+        DW = self._matrix(*self._gathered(gradients))
+        W = self._gathered(self.held()) if decay else ()
+        for p, part, own in zip(W, self._views(DW), _decays(decay, of_bias), strict=False):
             if own:
                 part.add_(p, alpha=own)
         return DW
@@ -113,20 +143,24 @@ class Layer(ABC):
         DW is not written out, which would be a copy of the gradient.
         """
         out = torch.empty_like(average)
-        parts = zip(gradients, self.parts(average), self.parts(out), strict=True)
-        for (gradient, (p, old), (_, new)), own in zip(parts, _decays(decay, of_bias), strict=False):
-            torch.lerp(old, gradient.to(old.dtype), 1 - beta, out=new)
+        new, given = self._views(out), self._gathered(gradients)
+        for gradient, old, part in zip(given, self._views(average), new, strict=True):
+            torch.lerp(old, gradient.to(old.dtype), 1 - beta, out=part)
+        W = self._gathered(self.held()) if decay else ()
+        for p, part, own in zip(W, new, _decays(decay, of_bias), strict=False):
             if own:
-                new.add_(p, alpha=(1 - beta) * own)
+                part.add_(p, alpha=(1 - beta) * own)
         return out
 
     def _outputs_first(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape with its outputs in the first dimension, or back: a view."""
         return weight.mT if self.transposed else weight
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        columns = [self._outputs_first(weight).flatten(1)] + ([] if bias is None else [bias[:, None]])
-        return torch.cat(columns, dim=1).to(self.dtype).view(*self.groups, self.rows, self.columns)
+    def _matrix(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = self._outputs_first(weight)
+        columns = [weight.flatten(1)] + ([] if bias is None else [bias[:, None]])
+        rows = len(weight) // math.prod(self.groups)
+        return torch.cat(columns, dim=1).to(self.dtype).view(*self.groups, rows, self.columns)
 
     def add_(self, P: Tensor, alpha: float) -> None:
         """W += alpha P in place, for P of shape (*g, I, C)."""
@@ -140,17 +174,26 @@ class Layer(ABC):
 
     def shrink_(self, share: float, of_bias: float = 1.0) -> None:
         """W −= share × W, in place, rounded to the parameters' type once."""
-        W = self.W()
-        for (p, part), own in zip(self.parts(W), _decays(share, of_bias), strict=False):
-            p.copy_(part.mul_(1 - own))
+        for p, own in zip(self.held(), _decays(share, of_bias), strict=False):
+            p.copy_(p.to(self.dtype) * (1 - own))
 
     def parts(self, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter with a view of its share of a matrix (*g, I, C)."""
-        shape = self._outputs_first(self.weight).shape
+        """What this process has of each parameter, with its share of a matrix (*g, I, C): a view.
+
+        A copy where a sharded layer has no ``cut``.
+        """
+        views = self._views(W)
+        if self.sharded and self.cut is None:
+            views = [*map(shards.part_of, views, self.parameters())]
+        return [*zip(self.held(), views, strict=True)]
+
+    def _views(self, W: Tensor) -> list[Tensor]:
+        """Views of a matrix (*g, I, C) as weight and bias."""
+        shape = (W.shape[:-1].numel(), *self._outputs_first(self.weight).shape[1:])
         if self.bias is None:
-            return [(self.weight, self._outputs_first(W.view(shape)))]
+            return [self._outputs_first(W.view(shape))]
         weight, bias = self._outputs_first(W[..., : self.fan_in].view(shape)), W[..., self.fan_in]
-        return [(self.weight, weight), (self.bias, bias.view(self.bias.shape) if self.groups else bias)]
+        return [weight, bias.view(self.bias.shape) if self.groups else bias]
 
     @abstractmethod
     def preactivation(self, h: Tensor) -> Tensor:
@@ -164,8 +207,13 @@ class Layer(ABC):
 def average_DW_(averages: Mapping[Layer, Tensor], beta: float, decay: float, of_bias: float = 1.0) -> None:
     """`Layer.average_DW` of several layers, in place.
 
-    In one call, but for weights in half precision, whose gradients have to be copied.
+    In one call, but for weights in half precision, whose gradients have to be copied, and for sharded ones
+    whose gradients have to be gathered.
     """
+    averages = dict(averages)
+    for layer in [layer for layer in averages if layer.sharded and layer.cut is None]:
+        average = averages.pop(layer)
+        average.copy_(layer.average_DW(average, layer.gradients(), beta, decay, of_bias))
     alike = [layer for layer in averages if layer.weight.dtype == layer.dtype]
     for layers in filter(None, [alike, *([layer] for layer in averages if layer not in alike)]):
         pairs = [pair for layer in layers for pair in layer.parts(averages[layer])]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.shards import is_fully_sharded
 from kfqn.passes.gate import Arrive, gated, is_for
 from kfqn.passes.hooks import Ahead, Observe, Start, noticed_by_compiled_code
 from kfqn.passes.record import Call, LayerRecord
@@ -54,7 +55,11 @@ class Recorder:
         weakref.finalize(self, _remove, self._handles).atexit = False
         self._ahead = ahead
         for module in model.modules():
-            if module is model or any(True for _ in module.parameters(recurse=False)):
+            if (
+                module is model
+                or is_fully_sharded(module)
+                or any(True for _ in module.parameters(recurse=False))
+            ):
                 self._before(module, Ahead(self))
         self._before(model, Start(self))
         self.forget()
@@ -71,12 +76,13 @@ class Recorder:
             self._open[layer] = weakref.WeakSet()
             for module in layer.modules:
                 hook = Observe(self, layer)
-                hook.handle = module.register_forward_hook(hook, with_kwargs=True)
+                first = is_fully_sharded(module)  # before its own hook drops the parameters
+                hook.handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
                 self._handles.append(hook.handle)
 
     def _before(self, module: nn.Module, hook: Ahead | Start) -> None:
-        """Run this before the module's forward."""
-        hook.handle = module.register_forward_pre_hook(hook)
+        """Run this before the module's forward, and before `fully_shard` gathers its parameters."""
+        hook.handle = module.register_forward_pre_hook(hook, prepend=is_fully_sharded(module))
         self._handles.append(hook.handle)
 
     def forget(self) -> None:
@@ -210,12 +216,13 @@ class Recorder:
     ) -> Callable[[Tensor | None], None]:
         """``arrive`` where the backward pass is for the weight, and not for something else in the loss."""
         token, aside = self._token, False
+        weight = layer.modules[0].weight  # of fully_shard another tensor while the module runs
 
         def sift(gradient: Tensor | None) -> None:
             if gradient is None or token is not self._token or not layer.weight.requires_grad:
                 return  # behind a gate, of a pass that is forgotten, or of another optimizer's second pass
             # of torch.autograd.grad with respect to the weight: to be its .grad, or to go into the loss
-            if is_for(layer.weight, itself=not torch.is_grad_enabled()):
+            if is_for(weight, itself=not torch.is_grad_enabled()):
                 arrive(gradient)
                 return
             nonlocal aside
@@ -273,7 +280,9 @@ def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _has_no_gradient(layer: Layer) -> bool:
-    return layer.weight.grad is None or not layer.weight.grad.any()
+    """As far as is known: that of a sharded layer may be yet to come, and is here in part."""
+    grad = layer.weight.grad
+    return not layer.sharded and (grad is None or not bool(grad.any()))
 
 
 def _nothing() -> None:

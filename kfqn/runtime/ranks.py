@@ -1,4 +1,4 @@
-"""Means over the processes that train one model together.
+"""Means over the processes that train one model together, and what they make of rows that they share out.
 
 Only vectors are exchanged, three messages a step that is learnt from, four where H_G learns, and A at the
 start; KFAC exchanges Ω and Γ.
@@ -9,7 +9,10 @@ from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from kfqn.parameters.shards import Cut
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -76,3 +79,37 @@ class Ranks:
         """Make ``value`` what it is in the process ``owner``, in place; nothing for None."""
         if owner is not None and self.size > 1:
             dist.broadcast(value, dist.get_global_rank(self._group, owner), self._group)
+
+
+def summed(parts: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The sum of each tensor over the processes of a group; in one message a dtype."""
+    results = [*parts]
+    for members in _by_dtype(parts):
+        message = torch.cat([parts[i].flatten() for i in members])
+        dist.all_reduce(message, group=group)
+        sums = message.split([parts[i].numel() for i in members])
+        for i, total in zip(members, sums, strict=True):
+            results[i] = total.view_as(parts[i])
+    return results
+
+
+def gathered(parts: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
+    """The matrices of which each process has its own rows, all cut in one group; in one message a dtype."""
+    results = [*parts]
+    for members in _by_dtype(parts):
+        filled = [F.pad(parts[i], (0, 0, 0, cuts[i].each - cuts[i].held)) for i in members]
+        message = torch.cat([x.flatten() for x in filled])
+        of_all = [torch.empty_like(message) for _ in range(cuts[members[0]].processes)]
+        dist.all_gather(of_all, message, group=cuts[members[0]].group)
+        pieces = zip(*(own.split([x.numel() for x in filled]) for own in of_all), strict=True)
+        for i, of_matrix in zip(members, pieces, strict=True):
+            results[i] = torch.cat(of_matrix).view(-1, parts[i].shape[1])[: cuts[i].rows]
+    return results
+
+
+def _by_dtype(parts: Sequence[Tensor]) -> list[list[int]]:
+    """The places of tensors of one dtype."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, part in enumerate(parts):
+        found.setdefault(part.dtype, []).append(i)
+    return [*found.values()]

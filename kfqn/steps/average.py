@@ -10,6 +10,7 @@ from torch import Tensor
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.settings import l2, momentum
+from kfqn.parameters.shards import local
 
 
 class GradientAverage(ABC):
@@ -43,7 +44,8 @@ class Averaged(GradientAverage):
 
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         # docs/decisions.md, 1
-        return layer.average_DW(state["DW"], gradients, momentum(group), l2(group), group["bias_decay"])
+        DW = local(state["DW"])
+        return layer.average_DW(DW, gradients, momentum(group), l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return momentum(group)
@@ -61,7 +63,7 @@ class Nesterov(GradientAverage):
     keeps = True
 
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
-        DW = state["DW"].to(layer.dtype)
+        DW = local(state["DW"]).to(layer.dtype)
         return layer.average_DW(DW, gradients, momentum(group) ** 2, l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
@@ -98,7 +100,8 @@ class HeavyBall(GradientAverage):
     def of(self, layer: Layer, gradients: Sequence[Tensor], state: State, group: Group) -> Tensor:
         if group["momentum"]:
             return layer.DW(gradients, l2(group), group["bias_decay"])
-        return layer.average_DW(state["DW"], gradients, group["beta"], l2(group), group["bias_decay"])
+        DW = local(state["DW"])
+        return layer.average_DW(DW, gradients, group["beta"], l2(group), group["bias_decay"])
 
     def beta(self, group: Group) -> float | None:
         return None if group["momentum"] else float(group["beta"])
