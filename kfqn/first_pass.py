@@ -100,7 +100,7 @@ def _with_gradients(training: Training, records: Records) -> list[Layer]:
     idle = {layer for layer in unseen if not any(g.any() for g in found[layer])}
     if training.ranks.size > 1:
         idle = _idle_everywhere(training, layers, idle)
-    for layer in idle:
+    for layer in [layer for layer in layers if layer in idle]:
         if not states.of(layer) and states.owns(layer):  # torch.distributed.checkpoint asks this way
             states.enter(layer, states.empty(layer))
     return [layer for layer in layers if layer not in idle]
