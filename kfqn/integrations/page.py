@@ -43,7 +43,10 @@ class Run:
 @final
 @dataclass(frozen=True)
 class Axis:
-    """From numbers to 0 … 1, by their logarithms where all are positive and far apart."""
+    """From numbers to 0 … 1, by their logarithms where none is negative and they are far apart.
+
+    Six powers of ten are shown at most; what is less is at the bottom.
+    """
 
     low: float
     high: float
@@ -53,15 +56,15 @@ class Axis:
     def of(values: Sequence[float], *, zero: bool = False) -> "Axis":
         """Of finite values, of which there may be none; with ``zero`` from 0, unless by logarithms."""
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
-        if low > 0 and high > 3 * low:
-            return Axis(low, high, True)
+        if low >= 0 and high > 3 * low:
+            return Axis(max(low, high / 1e6), high, True)
         low = min(low, 0.0) if zero else low
         return Axis(low, high if high > low else low + (abs(low) or 1.0), False)
 
     def place(self, value: float) -> float:
         """Where a value is, 0 at the bottom and 1 at the top."""
         if self.logarithmic:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
@@ -149,8 +152,8 @@ def _layers(run: Run) -> str:
     logarithmic = "by logarithms, " if y.logarithmic else ""
     return (
         "<h2>How far layers move</h2><p>Length of a step relative to the weights, ‖ΔW‖/‖W‖, by step, "
-        f"{logarithmic}from {100 * y.low:.2g} to {100 * y.high:.2g} % in every row; then the last one, and the "
-        "norms of factors.</p>"
+        f"{logarithmic}from {100 * y.low:.2g} to {100 * y.high:.2g} % in every row; then the last one, and "
+        "the norms of factors.</p>"
         f"<table><tr><th>layer</th><th></th><th>last</th><th>norms</th></tr>{''.join(rows)}</table>"
     )
 
