@@ -31,7 +31,7 @@ class Digits(lightning.LightningModule):
 
 train, test = digits()
 model = Digits()
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 watch = Watch(kfqn.Report("run.html"))
 trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", callbacks=[watch], **quiet)
 trainer.fit(model, batches(train, 128))

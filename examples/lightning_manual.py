@@ -32,6 +32,6 @@ class Digits(lightning.LightningModule):
 
 train, test = digits()
 model = Digits()
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 lightning.Trainer(max_epochs=10, accelerator="cpu", **quiet).fit(model, batches(train, 128))
 report(model.losses, model.network, test)

@@ -11,6 +11,7 @@ Neither package is imported here. Other loggers take what `kfqn.integrations.wat
 from abc import ABC, abstractmethod
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from kfqn.integrations.watch import scalars
@@ -33,7 +34,7 @@ class Logger(ABC):
         before, self.step = self.step, self.step + 1 if step is None else step
         if self.step // self.every == before // self.every and before:
             return
-        of_loss = {} if loss is None else {"loss": float(loss)}
+        of_loss = {} if loss is None else {"loss": float(torch.as_tensor(loss).detach())}
         self.log(of_loss | scalars(optimizer), self.step)
 
 
