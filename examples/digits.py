@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits, a small network for them, and the lines at the end."""
+"""What the examples share: scikit-learn's digits, a small network for them, and the line at the end."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,10 +6,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-import kfqn
-
-Model = Callable[[Tensor], Tensor]
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -40,13 +36,8 @@ def network() -> nn.Sequential:
 
 
 @torch.no_grad()
-def report(
-    losses: Sequence[float | Tensor], model: Model, optimizer: kfqn.KFBFGS, test: TensorDataset
-) -> None:
-    """First and last loss, test accuracy, and how often H_A has learnt from a step."""
+def report(losses: Sequence[float], model: Callable[[Tensor], Tensor], test: TensorDataset) -> None:
+    """First and last loss, and test accuracy."""
     x, y = test.tensors
     accuracy = (model(x).argmax(1) == y).double().mean()
     print(f"loss {losses[0]:.6g} at first, {losses[-1]:.6g} at last; test accuracy {accuracy:.3f}")
-    for name, layer in optimizer.diagnostics().items():
-        if name:
-            print(f"layer {name}: {layer['steps']:.0f} steps, A taken {layer['A taken']:.0f}")

@@ -1,18 +1,16 @@
 """Lightning's automatic optimization: return the optimizer, and everything else is as ever.
 
-    python examples/lightning_automatic.py
+python examples/lightning_automatic.py
 
-In checkpoints and in validation the model has its averaged weights. With a number for ``lr`` `KFBFGS` runs
-``training_step`` again after some steps, and what it logs is then counted twice: log what ``optimizer.step``
-returns, in ``optimizer_step``.
+In validation and in checkpoints the model has its averaged weights. `Watch` draws the run, in run.html.
 """
 
 import lightning
-import torch
 import torch.nn.functional as F
 from digits import batches, digits, network, report
 
 import kfqn
+from kfqn.integrations.lightning import Watch
 
 
 class Digits(lightning.LightningModule):
@@ -22,32 +20,19 @@ class Digits(lightning.LightningModule):
         super().__init__()
         self.network, self.losses = network(), []
 
-    def forward(self, x):
-        return self.network(x)
-
     def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(self(x), y)
-        self.log("loss", loss)
-        self.losses.append(loss.detach())
+        loss = F.cross_entropy(self.network(batch[0]), batch[1])
+        self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self):
-        optimizer = kfqn.KFBFGS(self)
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return kfqn.KFBFGS(self)
 
 
-def main():
-    """Train for ten epochs."""
-    train, test = digits()
-    model = Digits()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", enable_checkpointing=False, **quiet)
-    trainer.fit(model, batches(train, 128))
-    report(model.losses, model, model.optimizers().optimizer, test)
-
-
-if __name__ == "__main__":
-    main()
+train, test = digits()
+model = Digits()
+quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+watch = Watch(kfqn.Report("run.html"))
+trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", callbacks=[watch], **quiet)
+trainer.fit(model, batches(train, 128))
+report(model.losses, model.network, test)

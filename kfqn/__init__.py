@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfqn.closures import closure
     from kfqn.convergent import ConvergentKFLBFGS
+    from kfqn.integrations.report import Report
     from kfqn.kf_bfgs import KFBFGS, KFLBFGS
     from kfqn.kfac import KFAC
     from kfqn.optimizer import Kronecker
     from kfqn.parts import Parts
 
-__all__ = ["KFAC", "KFBFGS", "KFLBFGS", "ConvergentKFLBFGS", "Kronecker", "Parts", "closure"]
+__all__ = ["KFAC", "KFBFGS", "KFLBFGS", "ConvergentKFLBFGS", "Kronecker", "Parts", "Report", "closure"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "KFLBFGS": "kf_bfgs",
     "Kronecker": "optimizer",
     "Parts": "parts",
+    "Report": "integrations.report",
     "ConvergentKFLBFGS": "convergent",
     "closure": "closures",
 }
