@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kfqn
@@ -44,7 +45,7 @@ def test_the_code_of_a_page_runs(pages, alone):
     x, target = torch.randn(8, 5), torch.randint(3, (8,))
     scope = {"__name__": "page", "kfqn": kfqn, "torch": torch, "F": F}  # what a reader has
     scope |= {"net": net, "model": net, "loader": [(x, target)] * 2}
-    scope |= {"DistributedDataParallel": DistributedDataParallel}
+    scope |= {"DistributedDataParallel": DistributedDataParallel, "fully_shard": fully_shard}
     scope |= {"math": math, "dataclass": dataclass, "StepRule": StepRule, "note": note}
     for code in [code for page in pages for code in blocks(page)]:  # each goes on where the one before ended
         if "optim.Muon" not in code or hasattr(torch.optim, "Muon"):  # not in older versions of torch
