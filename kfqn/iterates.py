@@ -6,7 +6,7 @@ training mode (`kfqn.passes.hooks.Ahead`); x is back when the step has been take
 before a step, its gradients are those of x, and there is no other.
 
 ``state[p]["ahead"]`` is z − x while the model holds x, and x while it holds z, as ``ahead`` in a group's
-progress says. So what is done to the weights between steps is done to both.
+progress says whenever that is saved. So what is done to the weights between steps is done to both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,33 +28,43 @@ class Iterates:
     def __init__(self, groups: Groups) -> None:
         self.groups, self.rules = groups, dict[int, WeightAverage]()
         self.stepped = False  # whether a step has been taken since x was put back
+        self.behind = False  # whether there is a z that the model does not hold
+        self._averaged: list[Tensor] = []  # parameters of which something is kept,
+        self._apart: list[Tensor] = []  # and what
 
     def use(self, rules: Mapping[int, WeightAverage]) -> None:
         """Average by these rules."""
         self.rules = {place: rule for place, rule in rules.items() if rule.averages}
+        self._prepare(ahead=any(group["progress"][KEY] for _, group in self._groups()))
 
-    @torch.no_grad()
     def go_ahead(self) -> None:
-        """A training pass begins: put z in the model."""
-        for place, group in self._groups():
-            if group["progress"][KEY]:
-                continue
-            note(group, ahead=True)
-            weights, kept = self._kept(place)
-            if weights:
-                x = [p.clone() for p in weights]  # to have it back to the bit
-                torch._foreach_add_(weights, kept)
-                torch._foreach_copy_(kept, x)
+        """A training pass begins: put z in the model. Compilers trace it.
+
+        The weights without autograd's count of versions, so that a graph made of them before a training pass
+        can still be differentiated after it.
+        """
+        self.behind = False
+        with torch.no_grad():
+            weights = [p.data for p in self._averaged]
+            apart = [kept.to(p) for p, kept in zip(weights, self._apart, strict=True)]
+            x = [p.clone() for p in weights]  # to have it back to the bit
+            torch._foreach_add_(weights, apart)
+            torch._foreach_copy_(self._apart, x)
+
+    def note(self) -> None:
+        """Say in the groups what the model holds, before that is saved."""
+        for _, group in self._groups():
+            note(group, ahead=bool(self._averaged) and not self.behind)
 
     @torch.no_grad()
     def fall_back(self) -> None:
         """Put x back in the model, and have it follow z if a step has been taken."""
-        stepped, self.stepped = self.stepped, False
+        stepped, self.stepped, ahead = self.stepped, False, not self.behind
         for place, group in self._groups():
             weights, kept = self._kept(place)
             if stepped:
                 note(group, averaged=group["progress"]["averaged"] + 1)
-            if weights and group["progress"][KEY]:
+            if weights and ahead:
                 if stepped:
                     share = self.rules[place].share(group, group["progress"]["averaged"])
                     torch._foreach_lerp_(kept, weights, share)
@@ -63,9 +73,17 @@ class Iterates:
                 torch._foreach_copy_(kept, apart)
             elif weights and stepped:
                 torch._foreach_zero_(kept)
-            note(group, ahead=False)
             if stepped:
                 self._begin(place)
+        self._prepare(ahead=False)
+
+    def _prepare(self, ahead: bool) -> None:
+        """Where z is for the next training pass, unless the model holds it."""
+        state = self.groups.state
+        averaged = [p for place, _ in self._groups() for p in self._weights(place) if KEY in state.get(p, {})]
+        self._averaged, self._apart = averaged, [state[p][KEY] for p in averaged]
+        self.behind = bool(averaged) and not ahead
+        self.note()
 
     def _groups(self) -> Iterator[tuple[int, Group]]:
         for place in self.rules:
@@ -77,11 +95,7 @@ class Iterates:
         return [p for at in places for p in self.groups.param_groups[at]["params"]]
 
     def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights of which something is kept, and what.
-
-        The weights without autograd's count of versions, so that a graph made of them before a training pass
-        can still be differentiated after it; what is kept follows them to another type or device.
-        """
+        """The weights of which something is kept, and what, which follows them to another type or device."""
         state = self.groups.state
         weights = [p for p in self._weights(place) if KEY in state.get(p, {})]
         for p in weights:

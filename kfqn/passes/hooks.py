@@ -1,26 +1,42 @@
-"""The hooks that `kfqn.passes.recorder` puts on modules: they hold it weakly, and end with it."""
+"""The hooks that `kfqn.passes.recorder` puts on modules: they hold it weakly, and end with it.
+
+`torch.compile` traces them: none breaks a graph, unless a pass is wanted that cannot be traced.
+"""
 
 import contextlib
 import weakref
 from typing import Any, Protocol, final
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
-from kfqn.parameters.layers import Layer
+from kfqn.passes.spec import PassSpec
+from kfqn.passes.traced import Slot, traced
+from kfqn.runtime.private import in_transform
+
+
+class Iterates(Protocol):
+    """Who has other weights for training passes."""
+
+    behind: bool  # whether the model does not hold them
+
+    def go_ahead(self) -> None:
+        """Put them in the model."""
 
 
 class Recording(Protocol):
     """Who is told."""
 
-    def ahead(self) -> None:
-        """A training pass through a module begins."""
+    spec: PassSpec | None
+    ran: bool
+    empty: bool
+    starts: bool  # whether `start` is wanted
+    eager: bool  # whether what is wanted cannot be traced
 
     def start(self, model: nn.Module) -> None:
         """A pass through the whole model begins."""
 
-    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
+    def observe(self, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
         """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
 
 
@@ -30,8 +46,8 @@ class Hook:
     A pickle needs the standard library alone to be read.
     """
 
-    def __init__(self, recorder: Recording) -> None:
-        self.recorder = weakref.ref(recorder)
+    def __init__(self, told: Any) -> None:
+        self.told = weakref.ref(told)
         self.handle: Any = None
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -53,18 +69,6 @@ class Hook:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def noticed_by_compiled_code() -> None:
-    """Have `torch.compile` notice hooks: it runs what it made of a model without any for one with them.
-
-    It would not look whether there are hooks now in a model that it has compiled, or in another of the
-    same classes. What it made before it was told to look is dropped, once in a process.
-    """
-    dynamo: Any = torch._dynamo
-    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        dynamo.config.skip_nnmodule_hook_guards = False
-        getattr(dynamo, "reset_code_caches", dynamo.reset)()
-
-
 @final
 class _TakenOut:
     """Where the copy of a model has something in the place of hooks: it goes as soon as the copy is complete.
@@ -81,43 +85,63 @@ class _TakenOut:
 
 
 @final
-class Start(Hook):
-    """Before a model's forward."""
+class Ahead(Hook):
+    """Before the forward of a module with parameters: a training pass begins."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder = self.recorder()
-        if recorder is not None:
-            if module.training and torch.is_grad_enabled():
-                recorder.ahead()  # of compiled code, in which `Ahead` does nothing
-            recorder.start(module)
+        iterates: Iterates | None = self.told()
+        if iterates is None or not (iterates.behind and module.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling() or not (in_transform() or torch.jit.is_tracing()):
+            iterates.go_ahead()
 
 
 @final
-class Ahead(Hook):
-    """Before the forward of a module with parameters; nothing that a compiler would have to trace."""
+class Start(Hook):
+    """Before a model's forward."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        recorder: Recording | None = self.told()
+        if recorder is None or not torch.is_grad_enabled():
             return
-        recorder = self.recorder()
-        if recorder is not None:
-            recorder.ahead()
+        if torch.compiler.is_compiling():
+            recorder.ran = True
+        if recorder.starts or not torch.compiler.is_compiling():
+            _start(recorder, module)
 
 
 @final
 class Observe(Hook):
     """After the forward of a layer's module."""
 
-    def __init__(self, recorder: Recording, layer: Layer) -> None:
+    def __init__(self, recorder: Recording, slot: Slot) -> None:
         super().__init__(recorder)
-        self.layer = layer
+        self.slot = slot
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
-        recorder = self.recorder()
-        return (
-            recorder.observe(self.layer, args[0] if args else next(iter(kwargs.values())), h)
-            if recorder
-            else None
-        )
+        recorder: Recording | None = self.told()
+        if recorder is None:
+            return None
+        a = args[0] if args else next(iter(kwargs.values()))
+        if not torch.compiler.is_compiling():
+            taken: Tensor | None = recorder.observe(self.slot, a, h)
+            return taken
+        if not h.numel():
+            recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
+            return None
+        if recorder.spec is not None and recorder.eager:
+            return _observe(recorder, self.slot, a, h)
+        return traced(recorder.spec, self.slot, a, h)
+
+
+_WHY = "a second pass without a closure starts as the first did: give step a closure"
+
+
+@torch.compiler.disable(reason=_WHY)  # type: ignore[untyped-decorator]
+def _start(recorder: Recording, model: nn.Module) -> None:
+    recorder.start(model)
+
+
+@torch.compiler.disable(reason="KFAC's sampled pass cannot be traced")  # type: ignore[untyped-decorator]
+def _observe(recorder: Recording, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
+    return recorder.observe(slot, a, h)
