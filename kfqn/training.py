@@ -49,7 +49,8 @@ class Training:
         self.factors, self.warned = FactorCheck(), warned
         self.iterates = Iterates(groups)
         self.refresh()
-        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), self.iterates)
+        met = process_group is not None
+        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), self.iterates, met)
 
     def refresh(self) -> None:
         """After groups have changed."""

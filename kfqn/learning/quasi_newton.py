@@ -93,8 +93,7 @@ class QuasiNewton(Curvature):
         context, place = training.context, training.groups.places[layer]
         if layer not in context.used_once or layer in context.broken or not training.states.of(layer):
             return False
-        met = training.recorder.data_parallel is None or training.states.process_group is not None
-        return met and training.ranks.size == 1 and training.inputs_due(place)
+        return training.ranks.size == 1 and training.inputs_due(place)
 
     def moment_shapes(self, training: Training, layer: Layer) -> Shapes:
         inputs = training.inputs(layer)

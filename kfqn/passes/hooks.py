@@ -5,39 +5,16 @@
 
 import contextlib
 import weakref
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from kfqn.passes.spec import PassSpec
 from kfqn.passes.traced import Slot, traced
-from kfqn.runtime.private import in_transform
+from kfqn.runtime.private import in_jit_trace, in_transform
 
-
-class Iterates(Protocol):
-    """Who has other weights for training passes."""
-
-    behind: bool  # whether the model does not hold them
-
-    def go_ahead(self) -> None:
-        """Put them in the model."""
-
-
-class Recording(Protocol):
-    """Who is told."""
-
-    spec: PassSpec | None
-    ran: bool
-    empty: bool
-    starts: bool  # whether `start` is wanted
-    eager: bool  # whether what is wanted cannot be traced
-
-    def start(self, model: nn.Module) -> None:
-        """A pass through the whole model begins."""
-
-    def observe(self, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
-        """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
+_STARTS = "a second pass without a closure starts as the first did: give step a closure"
+_SAMPLED = "what KFAC learns from gradients of single data cannot be traced"
 
 
 class Hook:
@@ -46,8 +23,8 @@ class Hook:
     A pickle needs the standard library alone to be read.
     """
 
-    def __init__(self, told: Any) -> None:
-        self.told = weakref.ref(told)
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = weakref.ref(recorder)
         self.handle: Any = None
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -85,63 +62,55 @@ class _TakenOut:
 
 
 @final
-class Ahead(Hook):
-    """Before the forward of a module with parameters: a training pass begins."""
+class Before(Hook):
+    """Before the forward of a module with parameters; ``whole`` if it is the model."""
+
+    def __init__(self, recorder: Any, whole: bool) -> None:
+        super().__init__(recorder)
+        self.whole = whole
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        iterates: Iterates | None = self.told()
-        if iterates is None or not (iterates.behind and module.training and torch.is_grad_enabled()):
-            return
-        if torch.compiler.is_compiling() or not (in_transform() or torch.jit.is_tracing()):
-            iterates.go_ahead()
-
-
-@final
-class Start(Hook):
-    """Before a model's forward."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder: Recording | None = self.told()
+        recorder, compiled = self.recorder(), torch.compiler.is_compiling()
         if recorder is None or not torch.is_grad_enabled():
             return
-        if torch.compiler.is_compiling():
-            recorder.ran = True
-        if recorder.starts or not torch.compiler.is_compiling():
-            _start(recorder, module)
+        iterates = recorder.iterates
+        behind = iterates is not None and iterates.behind and module.training
+        if behind and (compiled or not (in_transform() or in_jit_trace())):
+            iterates.go_ahead()
+        if self.whole:
+            recorder.ran = recorder.ran or compiled
+            if recorder.starts or not compiled:
+                _start(recorder, module)
 
 
 @final
-class Observe(Hook):
+class After(Hook):
     """After the forward of a layer's module."""
 
-    def __init__(self, recorder: Recording, slot: Slot) -> None:
+    def __init__(self, recorder: Any, slot: Slot) -> None:
         super().__init__(recorder)
         self.slot = slot
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
-        recorder: Recording | None = self.told()
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Any:
+        recorder = self.recorder()
         if recorder is None:
             return None
         a = args[0] if args else next(iter(kwargs.values()))
         if not torch.compiler.is_compiling():
-            taken: Tensor | None = recorder.observe(self.slot, a, h)
-            return taken
+            return recorder.observe(self.slot, a, h)
         if not h.numel():
             recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
             return None
-        if recorder.spec is not None and recorder.eager:
-            return _observe(recorder, self.slot, a, h)
-        return traced(recorder.spec, self.slot, a, h)
+        if recorder.spec is None:
+            return None
+        return (traced if recorder.spec.linear else _observe)(recorder, self.slot, a, h)
 
 
-_WHY = "a second pass without a closure starts as the first did: give step a closure"
-
-
-@torch.compiler.disable(reason=_WHY)  # type: ignore[untyped-decorator]
-def _start(recorder: Recording, model: nn.Module) -> None:
+@torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
+def _start(recorder: Any, model: nn.Module) -> None:
     recorder.start(model)
 
 
-@torch.compiler.disable(reason="KFAC's sampled pass cannot be traced")  # type: ignore[untyped-decorator]
-def _observe(recorder: Recording, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
+@torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
+def _observe(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Any:
     return recorder.observe(slot, a, h)

@@ -125,6 +125,11 @@ class LayerRecord:
         return self._sum(lambda call: _known(call.Dh), self._share_of_locations)
 
 
+def has_gradient(layer: Layer) -> bool:
+    """Whether the layer has one that is not zero; waits for the device."""
+    return layer.weight.grad is not None and bool(layer.weight.grad.any())
+
+
 def _known(value: Tensor | None) -> Tensor:
     assert value is not None
     return value

@@ -20,6 +20,11 @@ def in_transform() -> bool:
     return active is not None and bool(active())
 
 
+def in_jit_trace() -> bool:
+    """Whether `torch.jit.trace` runs the model: public, but not for type checkers."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def in_backward() -> bool:
     """Whether a backward pass runs: then activation checkpointing computes again what has been seen.
 
