@@ -136,7 +136,7 @@ class Training:
         return (
             f"{name} saw no forward pass through any of its {len(layers)} layers, the first "
             f"being {layers[0]}: run the very model the optimizer was built with, and if it has been "
-            "compiled and run before, call torch._dynamo.reset() first: compiled code ignores new hooks."
+            "compiled and run before, call torch.compiler.reset() first: compiled code ignores new hooks."
         )
 
     def mean(self, numbers: Sequence[Tensor]) -> list[float]:

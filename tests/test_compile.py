@@ -263,6 +263,17 @@ def test_means_under_autocast_have_the_digits_of_float32(compiled, graphs):
     torch.testing.assert_close(record.Dh().double(), gradient[0], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_exported_are_the_weights_that_the_model_holds(strict):
+    model, data = odd_cnn(), batches((2, 6, 6), 3)
+    optimizer = kfqn.KFBFGS(model)
+    for batch in data:
+        with_closure(model, optimizer, *batch)
+    x = torch.randn(4, 2, 6, 6)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model.eval()(x))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Inductor's own
 def test_inductor_makes_the_same_of_it():
     """The compiler that people use."""

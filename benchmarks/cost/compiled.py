@@ -1,12 +1,12 @@
 """What compiling a model leaves of it: graphs, breaks, what is compiled again, and the time of a step.
 
-    python -m benchmarks.cost.compiled [--models resnet20 vit gpt] [--rounds 60] [--device cuda] [--backend inductor]
+    python -m benchmarks.cost.compiled [--models resnet20 vit gpt] [--rounds 60] [--device cuda]
 
-Graphs are those of the steps until H_A has learnt once more after the first, the 41st; "again" is what the 45
-steps after them, in which it learns again, compile. Breaks are counted by Dynamo. Then steps of compiled AdamW, of
-KF-BFGS on the compiled model and on the model as it is take turns: a ratio is the median over the rounds of a
-step's time over another's in the same round, of steps in which nothing is learnt; those that learn are given apart,
-beside such steps of the others.
+Graphs are those of the first 41 steps, in the last of which H_A learns for the second time; "again" is what
+the 45 steps after them, in which it learns once more, compile. Breaks are counted by Dynamo. Then steps of
+compiled AdamW, of KF-BFGS on the compiled model and on the model as it is take turns: a ratio is the median
+over the rounds of a step's time over another's in the same round, of steps in which nothing is learnt, and
+apart of those that learn.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from kfqn.race.problems.resnet import resnet20
 from kfqn.race.problems.transformers import CharacterGPT, VisionTransformer
 
 WARM_UP, MORE = 41, 45
-Loss = Callable[[nn.Module], Tensor]
+Loss = Callable[[Callable[..., Any]], Tensor]
 
 
 def images(side: int, m: int, device: torch.device) -> Loss:
@@ -55,7 +56,7 @@ class Run:
     """A model, what runs it, compiled or not, its optimizer and its loss."""
 
     model: nn.Module
-    net: nn.Module
+    net: Callable[..., Any]
     optimizer: torch.optim.Optimizer
     loss_of: Loss
     device: torch.device

@@ -71,7 +71,7 @@ class Before(Hook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         recorder, compiled = self.recorder(), torch.compiler.is_compiling()
-        if recorder is None or not torch.is_grad_enabled():
+        if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
         iterates = recorder.iterates
         behind = iterates is not None and iterates.behind and module.training
@@ -93,7 +93,7 @@ class After(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Any:
         recorder = self.recorder()
-        if recorder is None:
+        if recorder is None or torch.compiler.is_exporting():
             return None
         a = args[0] if args else next(iter(kwargs.values()))
         if not torch.compiler.is_compiling():
