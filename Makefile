@@ -1,6 +1,6 @@
 # `make race` and `make test` do all the set-up on a machine with Python >= 3.11, pip and make.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(TORCH),.venv-torch-$(TORCH),.venv)
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -43,20 +43,24 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade 'pip>=25.1'
 
-$(VENV)/installed-race: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt -e '.[race]'
+# `make test TORCH=2.14.1` runs the suite on that version of torch, in a virtual environment of its own.
+$(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/python
+	sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $@
+
+$(VENV)/installed-race: pyproject.toml $(VENV)/constraints.txt | $(VENV)/bin/python
+	$(PIP) -c $(VENV)/constraints.txt -e '.[race]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-peers
-	$(PIP) -c constraints.txt --group dev
+	$(PIP) -c $(VENV)/constraints.txt --group dev
 	touch $@
 
 $(VENV)/installed-peers: $(VENV)/installed-race
-	$(PIP) -c constraints.txt --no-deps --group peers
+	$(PIP) -c $(VENV)/constraints.txt --no-deps --group peers
 	touch $@
 
 $(VENV)/installed-examples: $(VENV)/installed-dev
-	$(PIP) -c constraints.txt --group examples
+	$(PIP) -c $(VENV)/constraints.txt --group examples
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed-race

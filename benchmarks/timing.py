@@ -65,7 +65,7 @@ class Watch:
 @contextmanager
 def watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Watch]:
     """Watch one step inside."""
-    watch, before = Watch(), _versions(optimizer)
+    watch, before = Watch(), versions(optimizer)
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
     def forward(*_: object) -> None:
@@ -74,10 +74,10 @@ def watched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Watc
     handle = first.register_forward_hook(forward)
     yield watch
     handle.remove()
-    watch.learnt = before != _versions(optimizer)
+    watch.learnt = before != versions(optimizer)
 
 
-def _versions(optimizer: torch.optim.Optimizer) -> list[int]:
+def versions(optimizer: torch.optim.Optimizer) -> list[int]:
     """How often each H_A has been written, which reads nothing from the device."""
     return [state["H_A"]._version for state in optimizer.state.values() if "H_A" in state]
 

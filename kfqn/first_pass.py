@@ -32,12 +32,8 @@ def run(training: Training, closure: Callable[[], Any] | None) -> Tensor | None:
     if recorder.first is not None and training.curvature.repeats(training):
         devices = {layer.weight.device for layer in training.groups.layers}
         context.rewind = start_of(training.groups.model, devices)
-    recorder.in_closure = True
-    try:
-        with torch.enable_grad():
-            loss = closure()
-    finally:
-        recorder.in_closure = False
+    with recorder.in_closure(), torch.enable_grad():
+        loss = closure()
     ran = recorder.ran
     recorder.ran |= before and (recorder.empty or loss is None)  # of micro-batches before
     if loss is None and not ran:
@@ -80,7 +76,7 @@ def collect(training: Training, closure: Any) -> tuple[Records, list[Layer]]:
     Raises RuntimeError if a closure left none.
     """
     ran, records = training.recorder.ran, training.recorder.take()
-    if closure is not None and not records and not ran:
+    if closure is not None and not records and not ran and training.recorder.first is not None:
         raise RuntimeError(training.nothing_ran)
     training.states.sync(training.recorder.data_parallel)
     layers = _with_gradients(training, records)

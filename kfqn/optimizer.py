@@ -275,6 +275,7 @@ class Kronecker(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for `copy.deepcopy` and `pickle`; torch would leave the model and the layers out."""
+        self.training.iterates.note()
         kept = {key: self.__dict__[key] for key in _SAVED}
         return super().__getstate__() | kept | {"_warned": self.training.warned}
 
@@ -292,3 +293,8 @@ class Kronecker(torch.optim.Optimizer):
         self.training = Training(
             self._groups, self._curvature, self._parts, process_group, self._shard, warned
         )
+        self.register_state_dict_pre_hook(_note)
+
+
+def _note(optimizer: Any) -> None:
+    optimizer.training.iterates.note()

@@ -1,7 +1,6 @@
 """What a step works on: layers, parts, processes, passes, the step in flight; and who learns curvature."""
 
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from kfqn.context import StepContext
 from kfqn.curvature.damping import Shapes
-from kfqn.curvature.pairs import ReducedInput
 from kfqn.formulas.inputs import Inputs
 from kfqn.iterates import Iterates
 from kfqn.parameters.groups import Group, Groups, State, note
@@ -56,8 +54,8 @@ class Training:
         self.factors, self.warned = FactorCheck(), warned
         self.iterates = Iterates(groups)
         self.refresh()
-        ahead = weakref.WeakMethod(self.iterates.go_ahead)
-        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), ahead)
+        met = process_group is not None
+        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), self.iterates, met)
 
     def refresh(self) -> None:
         """After groups have changed."""
@@ -108,15 +106,12 @@ class Training:
 
     def record_next(self) -> None:
         """From here on the next first pass is recorded, as far as anything is to be learnt from it."""
+        self.recorder.met = self.states.process_group is not None
         self.recorder.record_first(self.curvature.next_spec(self))
 
     def full_spec(self) -> PassSpec:
         """All that may have to be kept of a first pass."""
         return self.curvature.full_spec(self)
-
-    def reduce(self, record: LayerRecord, a: Tensor) -> ReducedInput | None:
-        """What is learnt from an input when its gradient arrives, so that nobody has to hold the input."""
-        return self.curvature.reduce(self, record, a)
 
     def check_factors(self) -> None:
         """Warn where ``lr`` of an automatic group looks like a learning rate."""
@@ -125,11 +120,11 @@ class Training:
     def restart(self) -> None:
         """After another state has been loaded: nothing is known of the last step."""
         self.refresh()
-        self.recorder.forget()
-        self.recorder.record_first(self.full_spec())
         self.context.stepped = False
         self.context.used_once.clear()
         self.context.firsts.clear()
+        self.recorder.forget()
+        self.recorder.record_first(self.full_spec())
 
     def warn(self, message: str, key: str = "") -> None:
         """Say it once; with a key, once whatever the message."""
@@ -146,7 +141,7 @@ class Training:
         return (
             f"{name} saw no forward pass through any of its {len(layers)} layers, the first "
             f"being {layers[0]}: run the very model the optimizer was built with, and if it has been "
-            "compiled and run before, call torch._dynamo.reset() first: compiled code ignores new hooks."
+            "compiled and run before, call torch.compiler.reset() first: compiled code ignores new hooks."
         )
 
     def mean(self, numbers: Sequence[Tensor]) -> list[float]:
@@ -186,10 +181,6 @@ class Curvature(ABC):
     @abstractmethod
     def repeats(self, training: Training) -> bool:
         """Whether the batch of the next step is run again after it."""
-
-    @abstractmethod
-    def reduce(self, training: Training, record: LayerRecord, a: Tensor) -> ReducedInput | None:
-        """See `Training.reduce`; None where the input is kept."""
 
     @abstractmethod
     def moment_shapes(self, training: Training, layer: Layer) -> Shapes:

@@ -15,6 +15,7 @@ MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 
 # A module may import only what stands to the left of it; race may import everything.
 ORDER = [
+    "runtime.private",
     "formulas.rows",
     "formulas.blocks",
     "formulas.secant",
@@ -35,8 +36,9 @@ ORDER = [
     "passes.replay",
     "passes.record",
     "passes.gate",
-    "passes.hooks",
     "passes.spec",
+    "passes.traced",
+    "passes.hooks",
     "passes.recorder",
     "runtime.ranks",
     "runtime.cuda_graphs",

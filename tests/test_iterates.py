@@ -490,23 +490,6 @@ def test_a_graph_made_before_the_training_pass_can_be_differentiated(first):
 
 
 @DYNAMO
-@pytest.mark.parametrize("given", ["model", "compiled", "in place"])
-def test_a_compiled_model_goes_ahead(make, given):
-    torch._dynamo.reset()
-    model, data = odd_cnn(), batches((2, 6, 6), 6)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend="eager")
-    if given == "in place":
-        twin.compile(backend="eager")
-        compiled = twin
-    optimizer, theirs = make(model), make(compiled if given == "compiled" else twin)
-    train(model, optimizer, data)
-    train(compiled, theirs, data)
-    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    torch._dynamo.reset()
-
-
-@DYNAMO
 def test_a_part_compiled_as_one_graph_runs():
     torch._dynamo.reset()
     model, data = normed(), batches((5,), 6)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from cases import AUTOMATIC, batches, mlp, odd_cnn
 from test_contract import TWO_PASS, snapshot, train, unchanged
-from test_torch import DYNAMO
 from torch import nn
 
 import kfqn
@@ -251,7 +250,7 @@ def test_a_saved_model_is_read_where_there_is_no_kfqn(tmp_path):
 # Compiled code.
 
 
-@DYNAMO
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo
 @pytest.mark.parametrize("ran", ["another", "itself", "another in turns"])
 def test_what_was_compiled_before_does_not_matter(ran):
     """Neither before the optimizer was built nor between its steps."""

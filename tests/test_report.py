@@ -58,12 +58,10 @@ def test_what_is_kept_is_what_the_optimizer_and_the_layers_say(tmp_path):
 
 def test_a_number_for_lr_is_the_rate():
     report = kfqn.Report("unwritten.html", seconds=math.inf)
-    trained(report, 2, lambda model: kfqn.KFBFGS(model, lr=0.25, damping=1.0, parts=kfqn.Parts(output=NoOutputFactor())))
+    parts = kfqn.Parts(output=NoOutputFactor())
+    trained(report, 2, lambda model: kfqn.KFBFGS(model, lr=0.25, damping=1.0, parts=parts))
     assert [point.rate for point in report.run.points] == [0.25, 0.25]
 
-
-def no_output():
-XX
 
 def test_a_long_run_is_thinned_out_evenly_and_no_loss_is_lost(monkeypatch):
     monkeypatch.setattr(module, "MOST", 8)

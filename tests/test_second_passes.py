@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from cases import AUTOMATIC, batches, closure, odd_cnn
 from test_contract import Noisy, snapshot, train, unchanged
 from test_entry_points import Checkpointed
-from test_torch import DYNAMO
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -243,19 +242,6 @@ def test_activation_checkpointing_changes_nothing(make, reentrant):
         train(model, theirs, [(x, target)])
     assert unchanged(snapshot(plain, optimizer), snapshot(model, theirs))
     assert theirs.training.context.with_gradients == optimizer.training.context.with_gradients == False  # noqa: E712
-
-
-@DYNAMO
-def test_a_compiled_model_learns_what_it_does_without(make):
-    torch._dynamo.reset()
-    model, data = odd_cnn(), batches((2, 6, 6), 6)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend="eager")
-    optimizer, theirs = make(model), make(compiled)
-    train(model, optimizer, data)
-    train(compiled, theirs, data)
-    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    torch._dynamo.reset()
 
 
 def test_groups_have_cadences_of_their_own():

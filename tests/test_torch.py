@@ -422,37 +422,6 @@ def test_a_float32_model_goes_on_from_the_state_of_a_bfloat16_one(make):
     train(twin, theirs, batches((5,), 3))
 
 
-# torch.compile.
-
-
-DYNAMO = pytest.mark.filterwarnings(  # what it does with tensors while it traces
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
-
-
-@DYNAMO
-@pytest.mark.parametrize("order", ["before", "after", "in place"])
-def test_a_compiled_model_trains_as_it_does_without(order):
-    """Traced by dynamo and run by eager kernels, so that equality can be asked for."""
-    torch._dynamo.reset()
-    model, data = odd_cnn(), batches((2, 6, 6), 4)
-    twin = copy.deepcopy(model)
-    optimizer = kfqn.KFBFGS(model, lr=0.3)
-    if order == "before":
-        compiled = torch.compile(twin, backend="eager")
-        theirs = kfqn.KFBFGS(compiled, lr=0.3)
-    elif order == "after":
-        theirs = kfqn.KFBFGS(twin, lr=0.3)
-        compiled = torch.compile(twin, backend="eager")
-    else:
-        twin.compile(backend="eager")
-        compiled, theirs = twin, kfqn.KFBFGS(twin, lr=0.3)
-    train(model, optimizer, data)
-    train(compiled, theirs, data)
-    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("method", TWO_PASS)
 def test_torch_func_sees_the_model_as_if_nobody_watched(method):
     model, x = mlp(), torch.randn(4, 5)

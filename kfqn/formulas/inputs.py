@@ -200,11 +200,16 @@ class ConvolutionInputs(Inputs):
             return a, self.pad[-2::-2]
         return self._padded(a), [0] * len(self.kernel)
 
-    def _windows(self, x: Tensor, size: Sequence[int], stride: Sequence[int], start: int = 0) -> Tensor:
-        """A view (n, *Δ, *size) of maps x (n, *positions): what each δ meets in steps of ``stride``."""
+    def _windows(
+        self, x: Tensor, size: Sequence[int], stride: Sequence[int], start: int | None = None
+    ) -> Tensor:
+        """A view (n, *Δ, *size) of maps x (n, *positions): what each δ meets in steps of ``stride``.
+
+        ``start`` is where in the memory of x it begins, if not with x.
+        """
         along_Δ, along_size = (map(operator.mul, by, x.stride()[1:]) for by in (self.dilation, stride))
         strides = (x.stride(0), *along_Δ, *along_size)
-        return x.as_strided((len(x), *self.kernel, *size), strides, x.storage_offset() + start)
+        return x.as_strided((len(x), *self.kernel, *size), strides, start)
 
     def _met(self, z: Tensor, i: int, before: int, T: int) -> Tensor:
         """Maps z (n, *Δ, *size), summed up where the offsets along dimension i meet them.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kfqn.curvature.damping import Shapes
 from kfqn.curvature.input_factor import inverse_factor
-from kfqn.curvature.pairs import ReducedInput
 from kfqn.formulas.statistics import damped_inverse, second_moment, second_moment_of_gradient
 from kfqn.parameters.groups import Group, State, note
 from kfqn.parameters.layers import Layer
@@ -64,9 +63,6 @@ class Fisher(Curvature):
 
     def repeats(self, training: Training) -> bool:
         return True
-
-    def reduce(self, training: Training, record: LayerRecord, a: Tensor) -> ReducedInput | None:
-        return None
 
     def moment_shapes(self, training: Training, layer: Layer) -> Shapes:
         g, rows, columns = layer.groups, layer.rows, layer.columns
@@ -132,7 +128,7 @@ class Fisher(Curvature):
         mixed = random.Random(f"{group['seed']} {drawn}").getrandbits(32)
         generator = torch.Generator(training.groups.layers[0].weight.device).manual_seed(mixed)
         note(group, drawn=drawn + 1)
-        spec = PassSpec(inputs=inputs, Dh=second_moment_of_gradient, frozen=True)
+        spec = PassSpec(inputs=inputs, Dh=second_moment_of_gradient, linear=False, frozen=True)
         with second_pass(training.groups.model, rewind), torch.enable_grad():
             with unsynchronised(recorder.data_parallel), recorder.recording(spec) as records:
                 closure.sampled(generator)

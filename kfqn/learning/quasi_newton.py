@@ -3,7 +3,6 @@
 Line numbers are of Algorithm 2; Algorithm 3 has the same loop.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from kfqn.closures import Closure
 from kfqn.curvature.damping import Shapes
+from kfqn.curvature.input_factor import InputFactor
 from kfqn.curvature.pairs import ReducedInput
+from kfqn.formulas.inputs import Inputs
 from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
@@ -64,44 +65,36 @@ class QuasiNewton(Curvature):
         return DW | factors | parts.damping.shapes(layer, inputs) | pair
 
     def full_spec(self, training: Training) -> PassSpec:
-        return replace(SPEC, reduced=weakref.WeakMethod(training.reduce))
+        pairs = any(parts.output.learns for parts in training.chosen.values())
+        return self._spec(training, pairs)
 
     def repeats(self, training: Training) -> bool:
         return any(training.pairs_due(place) for place in training.chosen)
 
     def next_spec(self, training: Training) -> PassSpec | None:
         if self.repeats(training):
-            return self.full_spec(training)
+            return self._spec(training, pairs=True)
         due = any(training.inputs_due(place) for place in training.chosen)
         if due or training.context.broken or training.states.missing(training.groups.layers):
-            return replace(self.full_spec(training), h=None, Dh=nothing_of)  # H_A alone learns from it
+            return self._spec(training, pairs=False)
         return None
 
-    def reduce(self, training: Training, record: LayerRecord, a: Tensor) -> ReducedInput | None:
-        """Only where ā and A are likely to be this input's alone, because the layer was used once in the last
-        pass that was learnt from, by one process. If it is used again after all, A is asked for the s of the
-        first call, with which H_A learns no less.
-        """
-        first = record.calls[0].reduced if record.calls else None
-        if first is None and (record.calls or not self._likely_alone(training, record.layer)):
-            return None
-        layer, inputs, factor = record.layer, training.inputs(record.layer), training.of(record.layer).input
-        with torch.no_grad(), full_precision([layer]):
-            a = a.to(layer.dtype)
-            mean_a = mean_activation(inputs, a)
-            s = first.s if first is not None else factor.query(mean_a, training.states.of(layer))
-            return ReducedInput(mean_a, s, factor.respond(inputs, a, s))
+    def _spec(self, training: Training, pairs: bool) -> PassSpec:
+        """With pairs, or what H_A alone learns from."""
+        layers = [x for x in training.groups.layers if self._likely_alone(training, x)]
+        spec = SPEC if pairs else replace(SPEC, h=None, Dh=nothing_of)
+        return replace(spec, reduced={layer: _reduction(training, layer) for layer in layers})
 
     def _likely_alone(self, training: Training, layer: Layer) -> bool:
-        """Whether the next call of a layer is likely to be all that its H_A learns from."""
-        context, state, place = training.context, training.states.of(layer), training.groups.places[layer]
-        kept = training.of(layer).input.shapes(training.inputs(layer))
-        there = bool(state) and all(
-            (state[key].device, state[key].dtype) == (layer.weight.device, layer.dtype) for key in kept
-        )
-        met = training.recorder.data_parallel is None or training.states.process_group is not None
-        alone = layer in context.used_once and met and training.ranks.size == 1
-        return there and alone and layer not in context.broken and training.inputs_due(place)
+        """Whether the next call of a layer is likely to be all that its H_A learns from.
+
+        It is so where it was in the last pass that was learnt from, by one process. If it is used again after
+        all, A is asked for the s of the first call, with which H_A learns no less.
+        """
+        context, place = training.context, training.groups.places[layer]
+        if layer not in context.used_once or layer in context.broken or not training.states.of(layer):
+            return False
+        return training.ranks.size == 1 and training.inputs_due(place)
 
     def moment_shapes(self, training: Training, layer: Layer) -> Shapes:
         inputs = training.inputs(layer)
@@ -165,6 +158,31 @@ class QuasiNewton(Curvature):
                 learn_from(training, alone, {}, 1.0)  # of H_A, line 14
         elif closure is not None and firsts:
             closure_pass(training, closure)  # lines 10 to 18
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Reduction:
+    """What is learnt from an input before the step, so that nobody has to hold it."""
+
+    inputs: Inputs
+    factor: InputFactor
+    state: State
+    dtype: torch.dtype
+
+    def __call__(self, a: Tensor, first: ReducedInput | None) -> ReducedInput | None:
+        if any((x.device, x.dtype) != (a.device, self.dtype) for x in self.state.values()):
+            return None  # the layer has moved since its last step
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            a = a.to(self.dtype)
+            mean_a = mean_activation(self.inputs, a)
+            s = first.s if first is not None else self.factor.query(mean_a, self.state)
+            return ReducedInput(mean_a, s, self.factor.respond(self.inputs, a, s))
+
+
+def _reduction(training: Training, layer: Layer) -> _Reduction:
+    inputs, factor, state = training.inputs(layer), training.of(layer).input, training.states.of(layer)
+    return _Reduction(inputs, factor, {key: state[key] for key in factor.shapes(inputs)}, layer.dtype)
 
 
 def _keep_starts(training: Training, records: Records, closure: Any) -> None:

@@ -67,7 +67,7 @@ def again(training: Training, loss_scale: float, gradients: bool) -> Iterator[Ha
 
 def _spec(training: Training, frozen: bool) -> PassSpec:
     """h̄ and Dh̄ are kept of the pass."""
-    return replace(training.curvature.full_spec(training), reduced=None, inputs=False, frozen=frozen)
+    return replace(training.curvature.full_spec(training), reduced={}, inputs=False, frozen=frozen)
 
 
 def closure_pass(training: Training, closure: Callable[[], Any]) -> None:

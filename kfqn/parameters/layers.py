@@ -9,7 +9,6 @@ shape starts with it: W (g, I, C) for the I outputs and J inputs of one group. F
 ``groups`` is (), so the shapes are the paper's; below they are written (*g, …).
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,8 @@ class Layer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What statistics and factors are kept in: the weight's type, but at least float32."""
-        return _at_least_float32(self.weight.dtype)
+        dtype = self.weight.dtype
+        return dtype if dtype.itemsize >= 4 else torch.float32
 
     @property
     def name(self) -> str:
@@ -200,6 +200,10 @@ class Layer(ABC):
         """The module's output, or the gradient of it, as (m, *g, I, |T|)."""
 
     @abstractmethod
+    def along_outputs(self, e: Tensor) -> Tensor:
+        """A number for each output, (outputs), as it is added to the module's output."""
+
+    @abstractmethod
     def wrong_input(self, a: Tensor) -> str | None:
         """Why an input is not a batch of what the layer takes; None if it is."""
 
@@ -231,11 +235,6 @@ def _decays(decay: float, of_bias: float) -> tuple[float, float]:
     return decay, decay * of_bias
 
 
-@functools.cache
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @final
 class LinearLayer(Layer):
     """`torch.nn.Linear` on an input of shape (m, *T, J), or, transposed, Transformers' `Conv1D`."""
@@ -250,6 +249,9 @@ class LinearLayer(Layer):
 
     def preactivation(self, h: Tensor) -> Tensor:
         return h.flatten(1, -2).mT if h.ndim > 2 else h[..., None]
+
+    def along_outputs(self, e: Tensor) -> Tensor:
+        return e
 
     def wrong_input(self, a: Tensor) -> str | None:
         if a.ndim >= 2:
@@ -270,6 +272,9 @@ class ConvolutionLayer(Layer):
     def preactivation(self, h: Tensor) -> Tensor:
         by_group: Tensor = h.unflatten(1, (*self.groups, self.rows))
         return by_group.flatten(2 + len(self.groups))
+
+    def along_outputs(self, e: Tensor) -> Tensor:
+        return e.view(-1, *[1] * (self.weight.ndim - 2))
 
     def wrong_input(self, a: Tensor) -> str | None:
         expected = self.weight.ndim

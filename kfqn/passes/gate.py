@@ -9,7 +9,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from kfqn.runtime.private import is_wanted
 
 Arrive = Callable[[Tensor], None]
 
@@ -19,38 +20,13 @@ def gated(h: Tensor, arrive: Arrive) -> Tensor:
 
     A backward pass for everything gives ``arrive`` its gradient there, and goes on.
     """
-    root = torch.zeros((), requires_grad=True)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(h).tangent is not None:
-        return _with_tangent(h, root, arrive)
-    passed: Tensor = _Gate.apply(h, root, arrive)  # type: ignore[no-untyped-call]
+    passed: Tensor = _Gate.apply(h, torch.zeros((), requires_grad=True), arrive)  # type: ignore[no-untyped-call]
     return passed
 
 
 def is_for(leaf: Tensor, *, itself: bool) -> bool:
-    """Whether the backward pass that is running is for this leaf, and not for something else.
-
-    ``itself`` is said where `torch.autograd.grad` is asked for the gradient of the leaf itself.
-    """
-    return _reaches(torch.autograd.graph.get_gradient_edge(leaf).node, itself)
-
-
-def _reaches(node: Any, itself: bool) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch.autograd.grad with respect to the leaf itself
-        return itself
-
-
-def _with_tangent(h: Tensor, root: Tensor, arrive: Arrive) -> Tensor:
-    """The same for a tensor of forward mode, whose tangent a gate would lose: nothing ends here."""
-    h = h.add_(root.to(h))
-
-    def told(gradient: Tensor) -> None:
-        if is_for(root, itself=False):
-            arrive(gradient)
-
-    h.register_hook(told)
-    return h
+    """Whether the backward pass that is running is for this leaf, and not for something else."""
+    return is_wanted(torch.autograd.graph.get_gradient_edge(leaf).node, itself)
 
 
 @final
@@ -64,10 +40,12 @@ class _Gate(torch.autograd.Function):
         return h.data  # not h: what comes next may overwrite it, whoever has saved h
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        return tangents[0]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         gradient = gradients[0]
-        if not _reaches(ctx.root, itself=False):
-            return gradient, None, None
-        if gradient is not None:
+        if gradient is not None and is_wanted(ctx.root, itself=False):
             ctx.arrive(gradient)
         return gradient, None, None

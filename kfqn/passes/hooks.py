@@ -1,27 +1,20 @@
-"""The hooks that `kfqn.passes.recorder` puts on modules: they hold it weakly, and end with it."""
+"""The hooks that `kfqn.passes.recorder` puts on modules: they hold it weakly, and end with it.
+
+`torch.compile` traces them: none breaks a graph, unless a pass is wanted that cannot be traced.
+"""
 
 import contextlib
 import weakref
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
-from kfqn.parameters.layers import Layer
+from kfqn.passes.traced import Slot, traced
+from kfqn.runtime.private import in_jit_trace, in_transform
 
-
-class Recording(Protocol):
-    """Who is told."""
-
-    def ahead(self) -> None:
-        """A training pass through a module begins."""
-
-    def start(self, model: nn.Module) -> None:
-        """A pass through the whole model begins."""
-
-    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
-        """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
+_STARTS = "a second pass without a closure starts as the first did: give step a closure"
+_SAMPLED = "what KFAC learns from gradients of single data cannot be traced"
 
 
 class Hook:
@@ -30,7 +23,7 @@ class Hook:
     A pickle needs the standard library alone to be read.
     """
 
-    def __init__(self, recorder: Recording) -> None:
+    def __init__(self, recorder: Any) -> None:
         self.recorder = weakref.ref(recorder)
         self.handle: Any = None
 
@@ -53,18 +46,6 @@ class Hook:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def noticed_by_compiled_code() -> None:
-    """Have `torch.compile` notice hooks: it runs what it made of a model without any for one with them.
-
-    It would not look whether there are hooks now in a model that it has compiled, or in another of the
-    same classes. What it made before it was told to look is dropped, once in a process.
-    """
-    dynamo: Any = torch._dynamo
-    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        dynamo.config.skip_nnmodule_hook_guards = False
-        getattr(dynamo, "reset_code_caches", dynamo.reset)()
-
-
 @final
 class _TakenOut:
     """Where the copy of a model has something in the place of hooks: it goes as soon as the copy is complete.
@@ -81,43 +62,55 @@ class _TakenOut:
 
 
 @final
-class Start(Hook):
-    """Before a model's forward."""
+class Before(Hook):
+    """Before the forward of a module with parameters; ``whole`` if it is the model."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        recorder = self.recorder()
-        if recorder is not None:
-            if module.training and torch.is_grad_enabled():
-                recorder.ahead()  # of compiled code, in which `Ahead` does nothing
-            recorder.start(module)
-
-
-@final
-class Ahead(Hook):
-    """Before the forward of a module with parameters; nothing that a compiler would have to trace."""
+    def __init__(self, recorder: Any, whole: bool) -> None:
+        super().__init__(recorder)
+        self.whole = whole
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        recorder, compiled = self.recorder(), torch.compiler.is_compiling()
+        if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
-        recorder = self.recorder()
-        if recorder is not None:
-            recorder.ahead()
+        iterates = recorder.iterates
+        behind = iterates is not None and iterates.behind and module.training
+        if behind and (compiled or not (in_transform() or in_jit_trace())):
+            iterates.go_ahead()
+        if self.whole:
+            recorder.ran = recorder.ran or compiled
+            if recorder.starts or not compiled:
+                _start(recorder, module)
 
 
 @final
-class Observe(Hook):
+class After(Hook):
     """After the forward of a layer's module."""
 
-    def __init__(self, recorder: Recording, layer: Layer) -> None:
+    def __init__(self, recorder: Any, slot: Slot) -> None:
         super().__init__(recorder)
-        self.layer = layer
+        self.slot = slot
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], h: Tensor) -> Any:
         recorder = self.recorder()
-        return (
-            recorder.observe(self.layer, args[0] if args else next(iter(kwargs.values())), h)
-            if recorder
-            else None
-        )
+        if recorder is None or torch.compiler.is_exporting():
+            return None
+        a = args[0] if args else next(iter(kwargs.values()))
+        if not torch.compiler.is_compiling():
+            return recorder.observe(self.slot, a, h)
+        if not h.numel():
+            recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
+            return None
+        if recorder.spec is None:
+            return None
+        return (traced if recorder.spec.linear else _observe)(recorder, self.slot, a, h)
+
+
+@torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
+def _start(recorder: Any, model: nn.Module) -> None:
+    recorder.start(model)
+
+
+@torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
+def _observe(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Any:
+    return recorder.observe(slot, a, h)

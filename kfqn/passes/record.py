@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfqn.parameters.layers import Layer
 from kfqn.passes.replay import Rewind
+from kfqn.runtime.private import version
 
 
 @final
@@ -25,15 +26,15 @@ class Call:
     pass through the model, and what puts the random state back to where it started.
     """
 
-    batch: int
     m: int
     locations: int
     a: Tensor | None
-    h: Tensor | None
-    Dh: Tensor | None
-    start: tuple[int, Rewind] | None
     wrong: str | None = None  # why the input is of the wrong kind
+    h: Tensor | None = None
+    Dh: Tensor | None = None
     reduced: Any = None
+    batch: int = 0
+    start: tuple[int, Rewind] | None = None
 
 
 @final
@@ -47,7 +48,7 @@ class LayerRecord:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.version = layer.weight._version  # of the weights that were used
+        self.version = version(layer.weight)  # of the weights that were used
         self.calls: list[Call] = []
 
     def of(self, batch: int) -> list[Call]:
@@ -122,6 +123,15 @@ class LayerRecord:
         datum's own loss by the whole m, and a sum over micro-batches is what a mean over data was.
         """
         return self._sum(lambda call: _known(call.Dh), self._share_of_locations)
+
+
+def has_gradient(layer: Layer) -> bool:
+    """Whether the layer has one that is not zero; waits for the device.
+
+    That of a sharded layer may be yet to come, and is here in part.
+    """
+    grad = layer.weight.grad
+    return layer.sharded or (grad is not None and bool(grad.any()))
 
 
 def _known(value: Tensor | None) -> Tensor:

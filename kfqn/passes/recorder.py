@@ -2,14 +2,13 @@
 
 The hooks (`kfqn.passes.hooks`) stay on the modules as long as the optimizer lives, because a training loop
 of the user's own may run its first pass at any time. They hold the optimizer by a weak reference only, do
-nothing in a pickle of the model, and outside passes with gradients return at once. In passes where no
-parameter requires a gradient they put every layer behind a gate (`kfqn.passes.gate`).
+nothing in a pickle of the model, and outside passes with gradients return at once. Eager code is watched by
+hooks on gradients, and where no parameter requires one layers are behind gates (`kfqn.passes.gate`); what is
+watched of compiled code it computes itself (`kfqn.passes.traced`).
 """
 
 import contextlib
-import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.shards import is_fully_sharded
-from kfqn.passes.gate import Arrive, gated, is_for
-from kfqn.passes.hooks import Ahead, Observe, Start, noticed_by_compiled_code
-from kfqn.passes.record import Call, LayerRecord
+from kfqn.passes.gate import gated, is_for
+from kfqn.passes.hooks import After, Before
+from kfqn.passes.record import Call, LayerRecord, has_gradient
 from kfqn.passes.replay import Rewind, start_of
-from kfqn.passes.spec import InputReduction, PassSpec, Reduction, nothing_of
+from kfqn.passes.spec import PassSpec
+from kfqn.passes.traced import Slot, call_of, reduced
+from kfqn.runtime import private
 
 _HIDES = (
     "which hides what goes through it: run the model outside of them, and take derivatives with "
@@ -37,59 +38,81 @@ _HIDES = (
 class Recorder:
     """What the passes since the last `take` have shown of each layer that a gradient has reached.
 
-    A call counts from the moment its gradient arrives; before, only autograd's graph holds it, so
-    a pass that nobody calls backward on is forgotten with its graph.
+    A call counts from the moment its gradient arrives; before, only autograd's graph holds it, so a pass
+    that nobody calls backward on is forgotten with its graph, of compiled code with the step.
     """
 
-    in_closure = False  # whether passes are those of a closure, which starts as a whole
     blind = ""  # why a layer that ran since the last step was not seen, a sentence
+    starts = False  # whether anything is to be known, or put back, where a pass through the model begins
+    _in_closure = False
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, ahead: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, iterates: Any, met: bool
+    ) -> None:
+        self.met = met  # whether it is known with which processes gradients are averaged
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
-        noticed_by_compiled_code()
-        self.record_first(first)
-        self._open: dict[Layer, weakref.WeakSet[Call]] = {}
-        self._numbers = itertools.count()
-        self._replay: Iterator[Rewind] = iter(())
+        private.have_hooks_noticed()
+        self.iterates, self._slots = iterates, dict[Layer, Slot]()
+        self._numbers, self._replay = itertools.count(), list[Rewind]()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
-        self._ahead = ahead
-        for module in model.modules():
-            if (
-                module is model
-                or is_fully_sharded(module)
-                or any(True for _ in module.parameters(recurse=False))
-            ):
-                self._before(module, Ahead(self))
-        self._before(model, Start(self))
         self.forget()
+        self.record_first(first)
+        for module in model.modules():
+            sharded = is_fully_sharded(module)
+            if module is model or sharded or any(True for _ in module.parameters(recurse=False)):
+                hook = Before(self, whole=module is model)  # and before `fully_shard` gathers parameters
+                hook.handle = module.register_forward_pre_hook(hook, prepend=sharded)
+                self._handles.append(hook.handle)
         self.add(layers)
-
-    def record_first(self, spec: PassSpec | None) -> None:
-        """Record this of first passes from now on; with None nothing."""
-        self._spec = self.first = spec
-        self.blind = ""
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Record these layers too."""
         for layer in layers:
-            self._open[layer] = weakref.WeakSet()
+            self._slots[layer] = Slot(self, layer)
             for module in layer.modules:
-                hook = Observe(self, layer)
+                hook = After(self, self._slots[layer])
                 first = is_fully_sharded(module)  # before its own hook drops the parameters
                 hook.handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
                 self._handles.append(hook.handle)
+        self._record(self.spec)
 
-    def _before(self, module: nn.Module, hook: Ahead | Start) -> None:
-        """Run this before the module's forward, and before `fully_shard` gathers its parameters."""
-        hook.handle = module.register_forward_pre_hook(hook, prepend=is_fully_sharded(module))
-        self._handles.append(hook.handle)
+    def record_first(self, spec: PassSpec | None) -> None:
+        """Record this of first passes from now on; with None nothing."""
+        self.first, self.blind = spec, ""
+        self._record(spec)
+
+    def _record(self, spec: PassSpec | None) -> None:
+        self.spec = spec
+        self._see_to_starts()
+        if spec is not None:
+            for slot in self._slots.values():
+                slot.prepare(spec)
+
+    def _see_to_starts(self) -> None:
+        spec, distributed = self.spec, torch.distributed
+        alone = self.met or not (distributed.is_available() and distributed.is_initialized())
+        numbered = spec is not None and spec is self.first and spec.h is not None and not self._in_closure
+        self.starts = numbered or bool(self._replay) or (spec is not None and not alone)
+
+    @contextlib.contextmanager
+    def in_closure(self) -> Iterator[None]:
+        """Passes inside are those of a closure, which starts as a whole."""
+        self._in_closure = True
+        self._see_to_starts()
+        self._set_aside()
+        try:
+            yield
+        finally:
+            self._in_closure = False
+            self._see_to_starts()
 
     def forget(self) -> None:
-        """Drop what was seen."""
+        """Drop what was seen; graphs of before are none of ours any more."""
+        for slot in self._slots.values():
+            slot.forget()
         self.recorded: dict[Layer, LayerRecord] = {}
-        self._aside: dict[Layer, LayerRecord] = {}  # whose output was differentiated for something else
-        self._token = object()  # graphs of before are none of ours any more
+        self._aside: dict[Layer, dict[Call, None]] = {}  # whose output was differentiated for something else
         self._batch, self._arrived = 0, False
         self._start: tuple[int, Rewind] | None = None  # of the pass that runs
         self._hidden: set[Layer] = set()  # what ran where no gradients are recorded
@@ -98,20 +121,27 @@ class Recorder:
 
     def drop(self) -> None:
         """The gradients have been cleared, and with them what earlier passes say of this step."""
-        if self._spec is self.first:
+        if self.spec is self.first:
             self._batch, self._arrived = self.next_batch, False
             self.recorded.clear()
             self._aside.clear()
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        for slot in self._slots.values() if self.spec is not None else ():
+            slot.drop()
 
     def take(self) -> dict[Layer, LayerRecord]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
-        for layer in self._aside.keys() - self.recorded.keys():
-            if not _has_no_gradient(layer):  # a loss of derivatives alone, for the last layer
-                self.recorded[layer] = self._aside[layer]
-        seen = {layer: self.recorded[layer] for layer in self._open if layer in self.recorded}
+        for layer, calls in self._aside.items():  # a loss of derivatives alone, for the last layer
+            zero = layer.empty().new_zeros(*layer.groups, layer.rows)
+            self._count(layer, [replace(call, Dh=zero) for call in calls], late=True)
+        for layer, slot in self._slots.items():  # torch.autograd.grad, of compiled code
+            self._count(layer, [replace(call, h=None) for call in slot.seen or slot.before], late=True)
+        seen = {layer: self.recorded[layer] for layer in self._slots if layer in self.recorded}
         self.forget()
-        for message in (call.wrong for layer in seen for call in seen[layer].calls if call.wrong):
-            raise ValueError(message)
+        for call in (call for record in seen.values() for call in record.calls if call.wrong):
+            raise ValueError(call.wrong)
         return seen
 
     @property
@@ -131,166 +161,137 @@ class Recorder:
     @contextlib.contextmanager
     def recording(self, spec: PassSpec, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, LayerRecord]]:
         """Record this inside the ``with`` instead, of passes that start from these states in turn."""
-        outside = self._spec, self.recorded, self._token, self._batch, self._arrived, self.ran
-        self._spec, self._replay = spec, iter(replay)
+        outside, of_passes = self.spec, (self.recorded, self._batch, self._arrived, self.ran)
         self.forget()
+        self._replay = [*replay]
+        self._record(spec)
         try:
             yield self.recorded
+            for slot in self._slots.values() if spec.Dh is None else ():
+                self.take_from(slot)
         finally:
-            self._spec, self.recorded, self._token, self._batch, self._arrived, self.ran = outside
-            self._replay = iter(())
-
-    def ahead(self) -> None:
-        """A training pass through a module begins."""
-        ahead = self._ahead() if self._ahead is not None else None
-        if ahead is not None and not (torch._C._are_functorch_transforms_active() or torch._C._is_tracing()):
-            ahead()
+            self.forget()
+            self._replay = []
+            self._record(outside)
+            self.recorded, self._batch, self._arrived, self.ran = of_passes
 
     def start(self, model: nn.Module) -> None:
         """A pass through the whole model begins."""
-        if not torch.is_grad_enabled() or self._spec is None:
-            return
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing of the whole model
-        self.data_parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if self._spec is not self.first:
-            next(self._replay, _nothing)()
-        elif not self.in_closure and self._spec.h is not None:
-            devices = {layer.weight.device for layer in self._open}
+        if self.spec is None or private.in_backward():
+            return  # in a backward pass: activation checkpointing of the whole model
+        self.data_parallel = private.running_data_parallel()
+        for slot in self._slots.values() if self.data_parallel is not None and not self.met else ():
+            slot.reduced = None  # what the others have seen counts too
+        if self._replay:
+            self._replay.pop(0)()
+        elif self.spec is self.first and self.spec.h is not None and not self._in_closure:
+            devices = {layer.weight.device for layer in self._slots}
             self._start = next(self._numbers), start_of(model, devices)
 
-    def observe(self, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
+    def take_from(self, slot: Slot) -> None:
+        """A gradient has come to a layer's probe, or compiled passes without gradients have ended."""
+        (calls, sums), layer = slot.take(), slot.layer
+        if calls and layer in self.recorded and self.recorded[layer].of(self._batch):
+            self._next_batch()
+        for call in calls:
+            call.batch, call.start = self._batch, self._start
+        self._count(layer, calls)
+        if sums is None or self.spec is None or self.spec.Dh is None or layer not in self.recorded:
+            return
+        calls, self._arrived = self.recorded[layer].of(self._batch), True
+        Dh = reduced(self.spec.Dh, layer, sums / sum(call.locations for call in calls))
+        for call in calls:  # of each its share of the locations
+            call.Dh = Dh if call.Dh is None else call.Dh + Dh
+
+    def observe(self, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
         """A module of the layer has turned ``a`` into ``h``; what takes the place of h, if anything does."""
-        spec, with_gradients = self._spec, torch.is_grad_enabled()
-        if torch._C._are_functorch_transforms_active():
+        spec, with_gradients, layer = self.spec, torch.is_grad_enabled(), slot.layer
+        if private.in_transform():
             self.blind = f"{layer} ran inside vmap, grad or another transform of torch.func, {_HIDES}"
             return None
-        if torch._C._is_tracing():
+        if private.in_jit_trace():
             return None
         if not h.numel():
             self.empty |= with_gradients
             return None
-        if spec is not None and spec is not self.first:
-            self.ran = True
+        self.ran |= spec is not None and spec is not self.first
         if with_gradients != (spec is None or spec.Dh is not None):
             self._hidden.add(layer)
             return None
         if spec is None:
             self.ran = True
             return None
-        return self._keep(spec, layer, a, h)
-
-    def _keep(self, spec: PassSpec, layer: Layer, a: Tensor, h: Tensor) -> Tensor | None:
-        """Keep of this call what is asked for; what takes the place of ``h``."""
-        if spec.Dh is not None and not spec.frozen and not (h.requires_grad and layer.weight.requires_grad):
+        if with_gradients and not spec.frozen and not (h.requires_grad and layer.weight.requires_grad):
             self.ran |= h.requires_grad  # of another optimizer's second pass, or for the inputs alone
             return None
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and self._open[layer]:
-            return gated(h, _forget) if spec.frozen else None  # checkpointing computes what was seen again
-        if not in_backward:
-            self._next_batch()
         self.ran = True
-        call = Call(self._batch, len(a), 1, a.detach() if spec.inputs else None, None, None, self._start)
-        wrong = layer.wrong_input(a)
-        if wrong is not None and spec is not self.first:
-            raise ValueError(wrong)
-        call.wrong = wrong
-        if wrong is None:
-            call.locations = math.prod(layer.inputs.locations(a))
-            if spec.h is not None:  # now: an in-place ReLU overwrites h next
-                call.h = _reduced(spec.h, layer, h.detach())
+        return self._keep(spec, slot, a, h)
+
+    def _keep(self, spec: PassSpec, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
+        """Keep of this call what is asked for; what takes the place of ``h``."""
+        again = private.in_backward()
+        if again and slot.open:  # checkpointing computes again what was seen
+            return gated(h, lambda gradient: None) if spec.frozen else None
+        if not again:
+            self._next_batch()
+        call = replace(call_of(spec, slot.layer, a, h), batch=self._batch, start=self._start)
+        if call.wrong is not None and spec is not self.first:
+            raise ValueError(call.wrong)
         if spec.Dh is None:
-            self.recorded.setdefault(layer, LayerRecord(layer)).calls.append(call)
+            self._count(slot.layer, [call])
             return None
-        self._open[layer].add(call)
-        arrive = self._arrival(layer, call, spec.Dh, spec.reduced)
+        slot.open.add(call)
+        arrive = self._arrival(spec, slot, call)
         if spec.frozen:
             return gated(h, arrive)
-        zero = functools.partial(_reduced, spec.Dh, layer, layer.empty().new_zeros(()).expand(h.shape))
-        h.register_hook(self._of_the_weight(layer, call, arrive, zero))
+        h.register_hook(arrive)
         return None
 
-    def _of_the_weight(
-        self, layer: Layer, call: Call, arrive: Arrive, zero: Callable[[], Tensor]
-    ) -> Callable[[Tensor | None], None]:
-        """``arrive`` where the backward pass is for the weight, and not for something else in the loss."""
-        token, aside = self._token, False
+    def _arrival(self, spec: PassSpec, slot: Slot, call: Call) -> Callable[[Tensor | None], None]:
+        """What to do with the gradient of a call's pre-activation, if the backward pass is for the weight."""
+        recorded, layer, Dh_of = self.recorded, slot.layer, spec.Dh
         weight = layer.modules[0].weight  # of fully_shard another tensor while the module runs
+        assert Dh_of is not None
 
-        def sift(gradient: Tensor | None) -> None:
-            if gradient is None or token is not self._token or not layer.weight.requires_grad:
-                return  # behind a gate, of a pass that is forgotten, or of another optimizer's second pass
-            # of torch.autograd.grad with respect to the weight: to be its .grad, or to go into the loss
-            if is_for(weight, itself=not torch.is_grad_enabled()):
-                arrive(gradient)
-                return
-            nonlocal aside
-            if not aside and call.Dh is None and call.wrong is None:
-                self._aside.setdefault(layer, LayerRecord(layer)).calls.append(replace(call, Dh=zero()))
-                aside = True
-
-        return sift
-
-    def _arrival(
-        self, layer: Layer, call: Call, reduction: Reduction, reduced: InputReduction | None
-    ) -> Arrive:
-        """What to do with the gradient of a call's pre-activation."""
-        token = self._token
-
-        def arrive(gradient: Tensor) -> None:
-            if token is not self._token:
-                return
+        def arrive(gradient: Tensor | None) -> None:
+            if gradient is None or recorded is not self.recorded:
+                return  # behind a gate, or of a pass that is forgotten
+            if not spec.frozen:
+                if not layer.weight.requires_grad:
+                    return  # of another optimizer's second pass
+                # of torch.autograd.grad with respect to the weight: to be its .grad, or to go into the loss
+                if not is_for(weight, itself=not torch.is_grad_enabled()):
+                    if call.Dh is None and call.wrong is None:
+                        self._aside.setdefault(layer, {})[call] = None
+                    return
             self._aside.pop(layer, None)
             gradient = gradient.detach()  # of a backward pass with create_graph
-            Dh = _reduced(reduction, layer, gradient) if call.wrong is None else gradient
+            Dh = reduced(Dh_of, layer, gradient) if call.wrong is None else gradient
             if call.Dh is not None:  # a closure may call backward for each part of its loss
                 call.Dh = call.Dh + Dh
                 return
             call.Dh = Dh
-            seen = self.recorded.setdefault(layer, LayerRecord(layer))
-            reduce = reduced() if reduced is not None else None
-            if reduce is not None and call.a is not None and call.wrong is None:
-                call.reduced = reduce(seen, call.a)
-                call.a = call.a if call.reduced is None else None
-            seen.calls.append(call)
-            self._open[layer].discard(call)
+            slot.reduce(call, recorded[layer].calls if layer in recorded else ())
+            slot.open.discard(call)
+            self._count(layer, [call])
             self._arrived = True
 
         return arrive
+
+    def _count(self, layer: Layer, calls: Sequence[Call], *, late: bool = False) -> None:
+        """These calls are to be learnt from; ``late`` ones where a gradient came that was not seen."""
+        if calls and not (late and (layer in self.recorded or not has_gradient(layer))):
+            self.recorded.setdefault(layer, LayerRecord(layer)).calls.extend(calls)
+            self.ran = True
 
     def _next_batch(self) -> None:
         """Forward passes after a backward pass are of another micro-batch, or of another step."""
         if self._arrived:
             self._arrived, self._batch = False, self._batch + 1
-            dropped = all(map(_has_no_gradient, self.recorded))
-            moved = any(seen.version != layer.weight._version for layer, seen in self.recorded.items())
-            if self._spec is self.first and (dropped or moved):
-                self.recorded.clear()  # their gradients have been cleared, or used by another optimizer
-
-
-def _reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
-    """In the layer's `dtype`, whatever surrounds the pass: 1/m Σ h has more digits than h."""
-    if reduction is nothing_of:
-        return nothing_of(x)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _reduced(reduction, layer, x)
-    return reduction(layer.preactivation(x).to(layer.dtype))
-
-
-def _has_no_gradient(layer: Layer) -> bool:
-    """As far as is known: that of a sharded layer may be yet to come, and is here in part."""
-    grad = layer.weight.grad
-    return not layer.sharded and (grad is None or not bool(grad.any()))
-
-
-def _nothing() -> None:
-    """There is nothing to go back to."""
-
-
-def _forget(gradient: Tensor) -> None:
-    """It has been told already."""
+            dropped = not any(map(has_gradient, self.recorded))
+            moved = any(of.version != private.version(x.weight) for x, of in self.recorded.items())
+            if self.spec is self.first and (dropped or moved):  # cleared, or used by another optimizer
+                self.recorded.clear()
 
 
 def _remove(handles: list[Any]) -> None:

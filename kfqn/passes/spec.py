@@ -1,16 +1,15 @@
 """What to keep of a pass through the model."""
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import Tensor
 
-from kfqn.passes.record import LayerRecord
+from kfqn.parameters.layers import Layer
 
 Reduction = Callable[[Tensor], Tensor]
-InputReduction = weakref.WeakMethod[Callable[[LayerRecord, Tensor], Any]]
+InputReduction = Callable[[Tensor, Any], Any]
 
 
 @final
@@ -18,17 +17,18 @@ InputReduction = weakref.WeakMethod[Callable[[LayerRecord, Tensor], Any]]
 class PassSpec:
     """What to keep of each call: its input, and what h and Dh are reduced to.
 
-    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``. ``frozen`` says
-    that no parameter requires a gradient, so that graphs have to start at the pre-activations. ``reduced``
-    says what to keep instead of an input when its gradient arrives, given what was recorded of the layer so
-    far; with None it is kept itself.
+    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``; ``linear`` says
+    that it is so in the gradient, as sums over data and locations are. ``frozen`` says that no parameter
+    requires a gradient, so that graphs have to start at the pre-activations. ``reduced`` says what to keep
+    instead of a layer's input, given the input and what was kept of the first call; None says: the input.
     """
 
     inputs: bool
     h: Reduction | None = None
     Dh: Reduction | None = None
+    linear: bool = True
     frozen: bool = False
-    reduced: InputReduction | None = None
+    reduced: Mapping[Layer, InputReduction] = field(default_factory=dict)
 
 
 def nothing_of(x: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def _own_layer(optimizer: torch.optim.Optimizer, model: nn.Module, n: int) -> La
 def samples(model: nn.Module, closure: Closure) -> list[Sample]:
     """What every layer sees when the closure runs."""
     layers = layers_of(model)
-    recorder = Recorder(model, layers, PassSpec(inputs=True, h=torch.clone, Dh=torch.clone))
+    recorder = Recorder(model, layers, PassSpec(inputs=True, h=torch.clone, Dh=torch.clone), None, False)
     closure()
     found = recorder.take()
     return [Sample(x, found[x], found[x].h(), found[x].Dh()) for x in layers if x in found]
