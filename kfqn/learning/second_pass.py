@@ -41,6 +41,8 @@ def again(training: Training, loss_scale: float, gradients: bool) -> Iterator[Ha
     context.firsts.clear()
     context.stepped = recorder.ran = False
     frozen = not (gradients or context.with_gradients)
+    if training.iterates.behind:
+        training.iterates.go_ahead()  # now: inside, the buffers that go ahead would be put back
     with (
         second_pass(training.groups.model, context.rewind, frozen=frozen),
         torch.enable_grad(),
