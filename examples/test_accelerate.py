@@ -1,6 +1,10 @@
 """Accelerate itself: steps are those of a loop of one's own, with accumulation and a scaler; runs go on."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -11,6 +15,7 @@ from test_lightning import alike, data, network, pairs_learnt, without_closures
 import kfqn
 from kfqn.integrations.accelerate import SecondPasses
 
+HERE = Path(__file__).parent
 MAKERS = {
     "KFBFGS": kfqn.KFBFGS,
     "KFLBFGS": partial(kfqn.KFLBFGS, curvature_interval=2),
@@ -131,3 +136,62 @@ def test_the_optimizer_of_another_is_refused_in_a_sentence():
     accelerator, _, _, optimizer, _ = prepared(lambda model: torch.optim.AdamW(model.parameters()))
     with pytest.raises(TypeError, match=r"only optimizers of kfqn .* is a AdamW: give"):
         SecondPasses(accelerator, optimizer, F.cross_entropy)
+
+
+TWO = """
+import sys
+import accelerate, torch, torch.nn.functional as F
+sys.path.insert(0, sys.argv[1])
+from test_accelerate import MAKERS
+from test_lightning import data, network, pairs_learnt
+from kfqn.integrations.accelerate import SecondPasses
+
+torch.set_num_threads(1)
+accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+net = network().double()
+make = MAKERS[sys.argv[2]]
+model, optimizer, loader = accelerator.prepare(net, make(net), data())
+passes = SecondPasses(accelerator, optimizer, lambda x, y: F.cross_entropy(model(x.double()), y))
+for x, y in loader:
+    with accelerator.accumulate(model):
+        passes(x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+both = accelerator.gather(weights[None])
+if accelerator.is_main_process:
+    torch.save((both, pairs_learnt(optimizer)), sys.argv[3])
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("make", ["KFLBFGS", "paper"])
+def test_two_processes_are_one_on_the_joint_batch(tmp_path, make):
+    """Their micro-batches are dealt out in turn, so that a step is of four in either case."""
+    (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "two.py"), str(HERE), make, str(tmp_path / "two.pt")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    weights, taken = torch.load(tmp_path / "two.pt")
+    assert torch.equal(weights[0], weights[1])
+    model = network().double()
+    optimizer = MAKERS[make](model)
+    batches = [*data()]
+    for start in range(0, len(batches), 4):
+        some = [(x.double(), y) for x, y in batches[start : start + 4]]
+        for x, y in some:
+            (F.cross_entropy(model(x), y) / 4).backward()
+        optimizer.step()
+        if optimizer.second_pass_due:
+            with optimizer.second_pass():
+                for x, y in some:
+                    (F.cross_entropy(model(x), y) / 4).backward()
+        optimizer.zero_grad()
+    one = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert taken == pairs_learnt(optimizer) > 0
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if make == "paper" else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(
+        weights[0], one, **tolerance
+    )  # of others A is of some data of each micro-batch

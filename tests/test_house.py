@@ -105,7 +105,7 @@ def test_the_core_needs_torch_alone(name):
 
 def test_every_module_has_its_place():
     found = {path.relative_to(ROOT / "kfqn").with_suffix("").as_posix() for path in SOURCES}
-    core = {name.replace("/", ".") for name in found if not name.startswith("race/")}
+    core = {name.replace("/", ".") for name in found if not name.startswith(("race/", "integrations/"))}
     packages = {f"{package}.__init__" for package in PACKAGES}
     assert core == {*ORDER, *packages, "__init__", "__main__"}
 
@@ -176,6 +176,41 @@ def test_no_file_over_300_lines_and_no_function_over_40(path):
             body = node.body[1:] if told else node.body
             length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert length <= 40, f"{node.name} has {length} lines"
+
+
+# The integrations: what one of them imports of kfqn stands to its left, or is public.
+INTEGRATIONS = [
+    "__init__",
+    "watch",
+    "loggers",
+    "page",
+    "report",
+    "accelerate",
+    "transformers",
+    "lightning",
+    "skorch",
+]
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_integrations_import_one_way_and_are_small(name):
+    """Frameworks are foreign to each other, and the core knows none: `test_imports_point_one_way`."""
+    path = ROOT / "kfqn" / "integrations" / f"{name}.py"
+    before = {f"kfqn.integrations.{module}" for module in INTEGRATIONS[: INTEGRATIONS.index(name)]}
+    assert {*imports(path)} <= {*before, *(f"kfqn.{public}" for public in ("Kronecker",)), "kfqn"}
+    tree, lines = ast.parse(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8").count("\n")
+    named = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    named |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    foreign = {module.split(".")[0] for module in named} - {*sys.stdlib_module_names, "kfqn", "torch"}
+    assert foreign <= {name}
+    assert lines <= 300
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
+def test_every_integration_has_its_place():
+    assert {path.stem for path in (ROOT / "kfqn" / "integrations").glob("*.py")} == {*INTEGRATIONS}
 
 
 # The lab: what stands for a folder is its ``__init__``, which names what others need of it.

@@ -42,6 +42,10 @@ assert_type(kfqn.KFAC(model).step(closure), torch.Tensor)
 assert_type(kfqn.KFBFGS(model).step(perhaps), torch.Tensor | None)
 kfqn.KFBFGS(model).step()
 kfqn.KFAC(model).step(None)
+report = kfqn.Report("run.html", title="first")
+report.update(kfqn.KFBFGS(model), torch.ones(()), step=3)
+report.update(kfqn.KFBFGS(model), "low")  # error
+report.draw()  # error
 print(f"{kfqn.KFAC(model).step(closure).item():.3f}")
 kfqn.KFBFGS(model).step().item()  # error
 kfqn.KFBFGS(model).step(3)  # error
