@@ -28,6 +28,10 @@ def make(request):
     return MAKERS[request.param]
 
 
+def close(left, right):
+    torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-10)
+
+
 def noisy():
     """Dropout, and BatchNorm, whose statistics every pass moves."""
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
@@ -57,9 +61,13 @@ TOUCHES = {
 }
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("touch", TOUCHES)
 def test_a_closure_may_change_gradients(make, touch):
-    """The step is that of a loop which does so before it, whose second pass needs no such gradients."""
+    """The step is that of a loop which does so before it, whose second pass needs no such gradients.
+
+    But for rounding: between a step and the second pass of a loop the model holds x, and z is x + (z − x).
+    """
     model, twin = noisy(), noisy()
     twin.load_state_dict(model.state_dict())
     optimizer, theirs = make(model), make(twin)
@@ -89,10 +97,10 @@ def test_a_closure_may_change_gradients(make, touch):
             with theirs.second_pass(loss) as again:
                 again.loss = passes(twin)
         assert torch.equal(torch.get_rng_state(), end)
-        assert unchanged([p.grad for p in model.parameters()], gradients)
+        close([p.grad for p in model.parameters()], gradients)
         assert all(p.requires_grad for p in model.parameters())
-    assert unchanged(dict(model.named_buffers()), dict(twin.named_buffers()))
-    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+    close(dict(model.named_buffers()), dict(twin.named_buffers()))
+    close(snapshot(model, optimizer), snapshot(twin, theirs))
 
 
 def test_a_gradient_that_is_read_in_the_second_call_is_that_of_the_new_weights():
