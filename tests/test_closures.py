@@ -33,8 +33,11 @@ def close(left, right):
 
 
 def noisy():
-    """Dropout, and BatchNorm, whose statistics every pass moves."""
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+    """Dropout, and BatchNorm, whose statistics every pass moves.
+
+    Not behind a layer, whose Dh̄ would be zero but for rounding, and so would be what H_G learns there.
+    """
+    return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
 def scale(model):
