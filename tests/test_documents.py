@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kfqn
 from kfqn.race.runs import Config, Run
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,15 @@ def test_a_race_is_what_its_folder_was(file, tmp_path):
     finally:
         make.FOLDER = before
     assert json.loads(again.read_text(encoding="utf-8")) == json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_every_public_name_is_on_the_pages_of_the_api():
+    api, parts = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("api.md", "api_parts.md"))
+    assert {*re.findall(r"auto\w+:: kfqn\.(\w+)$", api, re.MULTILINE)} >= {*kfqn.__all__}
+    table = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
+    modules = re.findall(r"^\| `\w+`: .*?, `((?:curvature|steps)\.\w+)` \|", table, re.MULTILINE)
+    assert len(modules) == 8
+    assert {*re.findall(r"automodule:: kfqn\.(\S+)$", parts, re.MULTILINE)} >= {*modules}
 
 
 def test_every_entry_of_the_notebook_is_in_its_index_and_says_what_it_has_to():
