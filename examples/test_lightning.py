@@ -335,7 +335,7 @@ def test_watchers_are_told_of_every_step_and_the_mean_of_its_losses(tmp_path, ac
     assert [step for *_, step in kept.told] == [*range(1, count + 1)]
     assert [loss for _, loss, _ in kept.told] == pytest.approx(means, rel=1e-6)
     assert kept.written == 1
-    assert "network.0" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "network.<wbr>0" in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
 def test_watchers_are_told_of_manual_steps(tmp_path):

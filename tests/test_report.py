@@ -71,7 +71,7 @@ def test_a_long_run_is_thinned_out_evenly_and_no_loss_is_lost(monkeypatch):
 class Reader(html.parser.HTMLParser):
     """Tags, their attributes, and the text of a page that is well formed."""
 
-    EMPTY = ("meta", "path")
+    EMPTY = ("meta", "path", "wbr")
 
     def __init__(self, text):
         super().__init__()
@@ -143,7 +143,7 @@ def test_curves_are_where_the_numbers_are(tmp_path, read):
     losses = [point.loss for point in points]
     logs = [math.log(x / min(losses)) / math.log(max(losses) / min(losses)) for x in losses]
     straight = [(x - min(losses)) / (max(losses) - min(losses)) for x in losses]
-    wanted = logs if max(losses) > 3 * min(losses) else straight
+    wanted = logs if max(losses) > 10 * min(losses) else straight
     assert [y for _, y in places] == pytest.approx([300 * (1 - share) for share in wanted], abs=0.1)
     assert paths["mark"] == [f"M{1000 * 11 / 29:.1f} 0V300"]  # the step that was refused
     assert len(paths["line"]) == 2 + len(report.run.points[-1].moved)
@@ -156,7 +156,7 @@ KINDS = ("pale", "line", "mark")
 def test_ticks_are_round_and_within(values):
     axis = Axis.of(values)
     ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 7
+    assert 2 <= len(ticks) <= 7
     assert all(axis.low - 1e-9 <= tick <= axis.high + 1e-9 for tick in ticks)
     assert all(-1e-9 <= axis.place(value) <= 1 + 1e-9 for value in [*values, *ticks])
     assert all(f"{tick:.4g}" == f"{tick:.12g}" for tick in ticks)

@@ -56,7 +56,7 @@ class Axis:
     def of(values: Sequence[float], *, zero: bool = False) -> "Axis":
         """Of finite values, of which there may be none; with ``zero`` from 0, unless by logarithms."""
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
-        if low >= 0 and high > 3 * low:
+        if low >= 0 and high > 10 * low:
             return Axis(max(low, high / 1e6), high, True)
         low = min(low, 0.0) if zero else low
         return Axis(low, high if high > low else low + (abs(low) or 1.0), False)
@@ -144,8 +144,9 @@ def _layers(run: Run) -> str:
             continue
         norms = [(key.removeprefix("norm "), v) for key, v in numbers.items() if key.startswith("norm ")]
         factors = ", ".join(f"{key} {norm:.3g}" for key, norm in norms)
+        breaking = html.escape(name).replace(".", ".<wbr>")
         rows.append(
-            f"<tr><th>{html.escape(name)}</th><td><svg viewBox='0 0 1000 300' preserveAspectRatio='none'>"
+            f"<tr><th>{breaking}</th><td><svg viewBox='0 0 1000 300' preserveAspectRatio='none'>"
             f"<path class='line' d='{_path(curve, x, y)}'/></svg></td><td>{100 * curve[-1][1]:.3g} %</td>"
             f"<td>{factors}</td></tr>"
         )
