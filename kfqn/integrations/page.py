@@ -4,7 +4,6 @@ Curves are stretched to the width there is, with letters beside them that are no
 """
 
 import csv
-import html
 import io
 import itertools
 import math
@@ -83,7 +82,7 @@ class Axis:
 
 def page(run: Run) -> str:
     """The whole file."""
-    points, title = run.points, html.escape(run.title)
+    points, title = run.points, _escaped(run.title)
     losses = [(p.step, p.loss) for p in points if p.loss is not None and math.isfinite(p.loss)]
     rates = [(p.step, p.rate) for p in points]
     refused = [b.step for a, b in itertools.pairwise(points) if b.refused > a.refused]
@@ -107,7 +106,7 @@ def _summary(run: Run) -> str:
         return "No step has been taken."
     last, resets = run.points[-1], sum(of.get("resets", 0) for name, of in run.told.items() if name)
     losses = [p.loss for p in run.points if p.loss is not None]
-    told = f"{html.escape(run.optimizer)}, {last.step:,} steps"
+    told = f"{_escaped(run.optimizer)}, {last.step:,} steps"
     if losses:
         told += f", loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"
     wrong = f"Steps refused, because a loss or gradient was not finite: <b>{last.refused:g}</b>. "
@@ -144,7 +143,7 @@ def _layers(run: Run) -> str:
             continue
         norms = [(key.removeprefix("norm "), v) for key, v in numbers.items() if key.startswith("norm ")]
         factors = ", ".join(f"{key} {norm:.3g}" for key, norm in norms)
-        breaking = html.escape(name).replace(".", ".<wbr>")
+        breaking = _escaped(name).replace(".", ".<wbr>")
         rows.append(
             f"<tr><th>{breaking}</th><td><svg viewBox='0 0 1000 300' preserveAspectRatio='none'>"
             f"<path class='line' d='{_path(curve, x, y)}'/></svg></td><td>{100 * curve[-1][1]:.3g} %</td>"
@@ -206,3 +205,9 @@ th:nth-child(n+3){text-align:right}tr{border-bottom:1px solid var(--rule)}
 @media(max-width:32rem){
 td:last-child,tr:first-child th:last-child{display:none}.panel{grid-template-rows:10rem 1.6rem}}
 """
+
+
+def _escaped(text: str) -> str:
+    from html import escape  # of all that is imported here the one thing that torch does without
+
+    return escape(text)
