@@ -284,8 +284,7 @@ class Validated(Module):
 
     def validation_step(self, batch, batch_idx):
         if batch_idx == 0 and not self.trainer.sanity_checking:
-            groups = inner(self.optimizers()).param_groups
-            ahead = any(group.get("progress", {}).get("ahead") for group in groups)
+            ahead = not inner(self.optimizers()).training.iterates.behind
             self.seen.append((ahead, copy.deepcopy(self.network)))
         self.log("validation", F.cross_entropy(self.network(batch[0]), batch[1]))
 
