@@ -25,7 +25,6 @@ def code_of(notebook):
 
 def test_it_runs_and_puts_out_what_is_committed(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "1")
-    monkeypatch.setenv("PYTHONWARNINGS", "error")
     monkeypatch.delenv("CIFAR_10", raising=False)
     committed = [kinds(cell) for cell in code_of(notebook)]
     resources = {"metadata": {"path": str(tmp_path)}}
