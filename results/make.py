@@ -53,13 +53,14 @@ SHOWN = (("SGD-m, Adam, AdamW: the best", FIRST_ORDER), ("Muon", ("muon",)), ("S
 INTRODUCTION = """
 Made by `python results/make.py write` from the files in [results](../results), each of one race with its
 command, conditions and epochs; edit nothing here. What was tried on the way, and the paper's own figures,
-is in the [notebook](notebook/README.md). **KF-BFGS, auto** is `kfqn.KFBFGS(model)` without a setting; the
-others have the best values of a grid ([tuned.json](../kfqn/race/entrants/tuned.json), [sweeps](sweeps)), on
-the development set their usual ones and others, under warm-up and cosine. Training loss: of the last
-weights, over the training images without augmentation. Losses and errors: means over seeds ± standard
-error. Seconds: of training alone, on a CPU those of the process; medians to a loss. *To X*: to the lowest
-loss that all who learned have reached. *To its lowest : ours*: to the lowest loss that an optimizer had,
-its own seconds and ours to that same loss. *Level*: closer than twice the standard error of the difference.
+is in the [notebook](notebook/README.md). **KF-BFGS, auto** is `kfqn.KFBFGS(model)` without a setting, its
+weight decay its own and not the one that is named; the others have the best values of a grid
+([tuned.json](../kfqn/race/entrants/tuned.json), [sweeps](sweeps)), on the development set their usual ones
+and others, under warm-up and cosine. Training loss: of the last weights, over the training images without
+augmentation. Losses and errors: means over seeds ± standard error. Seconds: of training alone, on a CPU
+those of the process; medians to a loss. *To X*: to the lowest loss that all who learned have reached. *To
+its lowest : ours*: to the lowest loss that an optimizer had, its own seconds and ours to that same loss.
+*Level*: closer than twice the standard error of the difference.
 Conditions, where nothing else is said:"""
 
 

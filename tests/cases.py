@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from foreign import Conv1D
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import kfqn
 
@@ -19,6 +20,17 @@ class LayerCase:
 
     def __call__(self):
         return self.make(*self.arguments, **self.options)
+
+
+class Checkpointed(nn.Module):
+    """Its inside is computed again in the backward pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 class Kept(nn.Linear):

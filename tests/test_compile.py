@@ -10,10 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import batches, mixer, mlp, odd_cnn, recurrent
+from cases import Checkpointed, batches, mixer, mlp, odd_cnn, recurrent
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import kfqn
 
@@ -220,15 +219,6 @@ def test_weights_go_ahead_and_come_back(graphs):
     compiled(batches((2, 6, 6), 1)[0][0])
     saved = theirs.state_dict()["param_groups"][0]["progress"]
     assert saved["ahead"]  # also where compiled code has put them in
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -7,11 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AUTOMATIC, batches, closure, mlp, odd_cnn, recurrent
+from cases import AUTOMATIC, Checkpointed, batches, closure, mlp, odd_cnn, recurrent
 from test_contract import same_weights, snapshot, train, unchanged
 from torch import nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 import kfqn
 from kfqn.steps.weight_average import Latest, PolynomialAverage
@@ -516,17 +515,6 @@ def test_torch_func_and_traces_see_the_weights_that_are_there():
     torch.func.vmap(model)(data[5][0])
     torch.jit.trace(model, (data[5][0],), check_trace=False)
     assert same(held(model), x)
-
-
-class Checkpointed(nn.Module):
-    """Its inside is computed again in the backward pass."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 def test_activation_checkpointing_changes_nothing(make):
