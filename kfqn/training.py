@@ -16,6 +16,7 @@ from kfqn.iterates import Iterates
 from kfqn.parameters.groups import Group, Groups, State, note
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.schedules import FactorCheck
+from kfqn.parameters.settings import largest_block
 from kfqn.parts import Chosen, Parts, chosen
 from kfqn.passes.record import LayerRecord
 from kfqn.passes.recorder import Recorder
@@ -92,7 +93,7 @@ class Training:
 
     def inputs(self, layer: Layer) -> Inputs:
         """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""
-        return layer.inputs.in_blocks(self.groups.of(layer).get("max_factor_size"))
+        return layer.inputs.in_blocks(largest_block(self.groups.of(layer), layer.columns))
 
     def inputs_due(self, place: int, back: int = 0) -> bool:
         """Whether H_A of a group learns from the next step, or the one so many steps ``back``."""

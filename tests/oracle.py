@@ -352,9 +352,12 @@ class WithoutRate(Algorithm2):
         self.lam = [0.01 * A.norm() * max(1, c / n) for A, c, n in zip(self.A, C, vectors, strict=True)]
 
     def root(self, i):
-        """(A + λ_A I)^(−½)."""
+        """(A + λ_A I)^(−½), as the last two polynomials have it of singular values up to 1.8377."""
         values, vectors = torch.linalg.eigh(self.A[i] + self.lam[i] * torch.eye(len(self.A[i])))
-        return vectors @ torch.diag(values**-0.5) @ vectors.T
+        start = x = 1.8377 * (values / values.norm()).sqrt()
+        for a, b, c in self.POLYNOMIALS[2:]:
+            x = a * x + b * x**3 + c * x**5
+        return vectors @ torch.diag(x / start * 1.8377 / values.norm().sqrt()) @ vectors.T
 
     def even(self, X):
         """X with the polynomials applied to its singular values, and norm 1."""

@@ -20,6 +20,7 @@ ORDER = [
     "formulas.blocks",
     "formulas.secant",
     "formulas.inputs",
+    "formulas.roots",
     "formulas.statistics",
     "formulas.damping",
     "formulas.orthogonal",

@@ -13,6 +13,7 @@ from kfqn.formulas.rows import Rows
 from kfqn.formulas.secant import bfgs_update_, lbfgs_matmul, lbfgs_push_
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.settings import largest_block
 
 
 class OutputFactor(ABC):
@@ -48,13 +49,13 @@ class OutputFactor(ABC):
 @final
 @dataclass(frozen=True)
 class BFGS(OutputFactor):
-    """H_G as a matrix, or the b blocks on its diagonal where it has more than ``max_factor_size`` rows."""
+    """H_G as a matrix, or the b blocks on its diagonal where `largest_block` cuts it."""
 
     learns = True
 
     def shapes(self, layer: Layer, group: Group) -> Shapes:
-        rows, largest = layer.rows, group["max_factor_size"]
-        if largest is None or rows <= largest:
+        rows, largest = layer.rows, largest_block(group, layer.rows)
+        if largest is None:
             return {"H_G": (*layer.groups, rows, rows)}
         blocks = Blocks.of_at_most(largest, rows)
         return {"H_G": (*layer.groups, blocks.count, blocks.size, blocks.size)}

@@ -4,10 +4,8 @@ A step along P = U Σ Vᵀ is mostly one along the first few singular vectors, w
 largest; one along U Vᵀ goes along all of them alike, as Shampoo's without averages does (Gupta, Koren and
 Singer 2018), and Muon's (Jordan et al. 2024).
 
-U Vᵀ = (P Pᵀ)^(−½) P is approached by four polynomials x ↦ a x + b x³ + c x⁵, applied to all singular values
-at once. They bring those from a two-hundredth of the largest on to within 0.917 and 1.083, as in Polar
-Express (Amsel et al. 2025). Smaller ones stay smaller: they are noise and rounding. All is done with P Pᵀ,
-which is small where P is wide.
+U Vᵀ = (P Pᵀ)^(−½) P is approached by `kfqn.formulas.roots`. Singular values below a two-hundredth of the
+largest stay smaller: they are noise and rounding. All is done with P Pᵀ, which is small where P is wide.
 """
 
 import math
@@ -18,13 +16,7 @@ import torch
 from torch import Tensor
 
 from kfqn.formulas.blocks import Blocks
-
-POLYNOMIALS = (  # (a, b, c); each best for the interval that those before it leave of [1/200, 1]
-    (8.2987, -24.4305, 18.0903),
-    (3.9152, -2.9211, 0.5592),
-    (3.1746, -2.3804, 0.4978),
-    (2.1895, -1.5672, 0.4079),
-)
+from kfqn.formulas.roots import inverse_root, traces
 
 
 class _Part(NamedTuple):
@@ -105,7 +97,7 @@ def _add_up_(parts: list[_Part], cuts: Sequence[Blocks | None], shared: Shared) 
     Of those that are cut into blocks, whose squares are here, their squared norms, (1,).
     """
     own = [i for i, rows in enumerate(shared.rows) if rows is not None]
-    told = [parts[i].squares if cuts[i] is None else _traces(parts[i].squares).sum()[None] for i in own]
+    told = [parts[i].squares if cuts[i] is None else traces(parts[i].squares).sum()[None] for i in own]
     sizes = {}
     for i, total in zip(own, shared.add(told), strict=True):
         if cuts[i] is None:
@@ -130,29 +122,13 @@ def _put_together(part: _Part, root: Tensor, cut: Blocks | None, P: Tensor) -> T
     return cut.join(pieces.view(*P.shape[:-2], cut.count, cut.size, P.shape[-1]), -2)
 
 
-def _traces(squares: Tensor) -> Tensor:
-    return squares.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
 def _roots(squares: Tensor, rank: int, size_of_all: Tensor | None) -> Tensor:
     """What to multiply pieces with, given X Xᵀ of the b pieces of each of l directions, (l, b, n, n).
 
     About (X Xᵀ)^(−½), for eigenvalues not far below the largest, times what gives a direction of so many
     singular values the norm that it has: of pieces in several processes the root of ``size_of_all``, (l, 1).
     """
-    numbers, shape = torch.finfo(squares.dtype), squares.shape
-    traces = _traces(squares)
-    sizes = traces.sum(-1, keepdim=True) if size_of_all is None else size_of_all
-    norms = sizes.sqrt().expand_as(traces) / math.sqrt(rank)  # ‖P‖, (l, b)
-    norms, size = norms.reshape(-1, 1, 1), traces.reshape(-1, 1, 1).clamp(min=numbers.tiny)
-    left = squares.flatten(0, 1) / size  # the norm of what is not near 1 might leave the range of the type
-    of_left = torch.linalg.matrix_norm(left, keepdim=True).clamp(min=numbers.eps)
-    root = left = left / of_left
-    for k, (a, b, c) in enumerate(POLYNOMIALS):
-        factor = torch.baddbmm(left, left, left, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        root = root @ factor if k else factor
-        if k + 1 < len(POLYNOMIALS):
-            left = factor @ left @ factor
-    scaled: Tensor = root * (size.rsqrt() * of_left.rsqrt() * norms)
-    return scaled.view(shape)
+    own = traces(squares)
+    sizes = own.sum(-1, keepdim=True) if size_of_all is None else size_of_all
+    norms = sizes.sqrt() / math.sqrt(rank)  # ‖P‖, (l, 1)
+    return inverse_root(squares) * norms[..., None, None]

@@ -26,6 +26,7 @@ from kfqn.learning.secants import learn_from
 from kfqn.learning.second_pass import closure_pass
 from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
+from kfqn.parameters.settings import largest_block
 from kfqn.parts import Chosen
 from kfqn.passes.record import LayerRecord
 from kfqn.passes.replay import unmoved_buffers
@@ -58,7 +59,7 @@ class QuasiNewton(Curvature):
             )
 
     def shapes(self, layer: Layer, group: Group, parts: Chosen) -> Shapes:
-        g, inputs = layer.groups, layer.inputs.in_blocks(group.get("max_factor_size"))
+        g, inputs = layer.groups, layer.inputs.in_blocks(largest_block(group, layer.columns))
         DW: Shapes = {"DW": (*g, layer.rows, layer.columns)} if parts.average.keeps else {}
         pair: Shapes = dict.fromkeys(("s_G", "y_G"), (*g, layer.rows)) if parts.output.learns else {}
         factors = parts.input.shapes(inputs) | parts.output.shapes(layer, group)
