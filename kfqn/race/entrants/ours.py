@@ -25,7 +25,7 @@ PARTS = {  # words for parts, where they are not to be those that settings choos
     "direction": ("plain", "orthogonal"),
     "cadence": ("young", "regular"),
     "steps": ("falling", "constant", "half", "twice"),
-    "weights": ("latest", "average"),
+    "weights": ("latest", "average", "longer", "shorter"),
 }
 
 
@@ -59,7 +59,7 @@ def parts(settings: Settings) -> "Parts":
             RelativeSteps(share=SHARE / 2),
             RelativeSteps(share=2 * SHARE),
         ),
-        "weights": (Latest(), PolynomialAverage()),
+        "weights": (Latest(), PolynomialAverage(), PolynomialAverage(3.0), PolynomialAverage(15.0)),
     }
     named = {"pairs": "curved_only"}
     chosen = {key: made[key][PARTS[key].index(settings[key])] for key in PARTS if key in settings}
