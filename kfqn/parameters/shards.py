@@ -6,6 +6,7 @@ last ones may have fewer or none.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +43,12 @@ class Cut(NamedTuple):
 
 def is_sharded(x: Any) -> bool:
     """Whether this process has a part of a tensor only."""
-    return _is_a(x, "DTensor")
+    return _is_a(type(x), "DTensor")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module, so that its hooks gather parameters before it runs."""
-    return _is_a(module, "FSDPModule")
+    return _is_a(type(module), "FSDPModule")
 
 
 def local(x: Any) -> Tensor:
@@ -155,6 +156,7 @@ def place(p: Any) -> tuple[int, int, Any]:
     return mesh.size(dim), mesh.get_local_rank(dim), mesh.get_group(dim)
 
 
-def _is_a(x: Any, name: str) -> bool:
-    """Whether x is of a class of this name, which need not be imported to ask."""
-    return any(kind.__name__ == name for kind in type(x).__mro__)
+@cache
+def _is_a(kind: type, name: str) -> bool:
+    """Whether it is of a class of this name, which need not be imported to ask."""
+    return any(base.__name__ == name for base in kind.__mro__)
