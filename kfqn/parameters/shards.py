@@ -119,7 +119,7 @@ def reshard(model: nn.Module) -> None:
 def wrongly_sharded(model: nn.Module) -> str | None:
     """Why a model is sharded in a way that its layers cannot be trained in; None if it is not."""
     for name, module in model.named_modules():
-        if _is_a(module, "FullyShardedDataParallel"):
+        if _is_a(type(module), "FullyShardedDataParallel"):
             return f"'{name or 'the model itself'}' is a FullyShardedDataParallel"
     managed = {p for module in model.modules() if is_fully_sharded(module) for p in module.parameters()}
     first: Any = None
@@ -127,7 +127,7 @@ def wrongly_sharded(model: nn.Module) -> str | None:
     alone = [name for name, p in named if p.requires_grad and not is_sharded(p)]
     for name, p in named:
         for kind in ("ShardedTensor", "FlatParameter"):
-            if _is_a(p, kind):
+            if _is_a(type(p), kind):
                 return f"'{name}' is a {kind}"
         if not is_sharded(p):
             continue
