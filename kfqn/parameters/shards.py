@@ -43,12 +43,12 @@ class Cut(NamedTuple):
 
 def is_sharded(x: Any) -> bool:
     """Whether this process has a part of a tensor only."""
-    return _is_a(type(x), "DTensor")
+    return _is_a(x, "DTensor")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module, so that its hooks gather parameters before it runs."""
-    return _is_a(type(module), "FSDPModule")
+    return _is_a(module, "FSDPModule")
 
 
 def local(x: Any) -> Tensor:
@@ -119,7 +119,7 @@ def reshard(model: nn.Module) -> None:
 def wrongly_sharded(model: nn.Module) -> str | None:
     """Why a model is sharded in a way that its layers cannot be trained in; None if it is not."""
     for name, module in model.named_modules():
-        if _is_a(type(module), "FullyShardedDataParallel"):
+        if _is_a(module, "FullyShardedDataParallel"):
             return f"'{name or 'the model itself'}' is a FullyShardedDataParallel"
     managed = {p for module in model.modules() if is_fully_sharded(module) for p in module.parameters()}
     first: Any = None
@@ -127,7 +127,7 @@ def wrongly_sharded(model: nn.Module) -> str | None:
     alone = [name for name, p in named if p.requires_grad and not is_sharded(p)]
     for name, p in named:
         for kind in ("ShardedTensor", "FlatParameter"):
-            if _is_a(type(p), kind):
+            if _is_a(p, kind):
                 return f"'{name}' is a {kind}"
         if not is_sharded(p):
             continue
@@ -156,7 +156,12 @@ def place(p: Any) -> tuple[int, int, Any]:
     return mesh.size(dim), mesh.get_local_rank(dim), mesh.get_group(dim)
 
 
+def _is_a(x: Any, name: str) -> bool:
+    """Whether x is of a class of this name, which need not be imported to ask."""
+    kind: Any = type(x)
+    return name in _names(kind)
+
+
 @cache
-def _is_a(kind: type, name: str) -> bool:
-    """Whether it is of a class of this name, which need not be imported to ask."""
-    return any(base.__name__ == name for base in kind.__mro__)
+def _names(kind: type) -> set[str]:
+    return {base.__name__ for base in kind.__mro__}
