@@ -134,7 +134,7 @@ class Iterates:
             if module in self.normalising:
                 own |= {name: (module.get_parameter("weight"), name, module) for name in STATISTICS}
         held = {name: of for name, of in own.items() if of not in self.lent and _is_kept(of, state)}
-        return {name: state[p][key].to(_tensor((p, key, of)), copy=True) for name, (p, key, of) in held.items()}
+        return {name: state[of[0]][of[1]].to(_tensor(of), copy=True) for name, of in held.items()}
 
     @torch.no_grad()
     def fall_back(self) -> None:

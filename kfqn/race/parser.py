@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfqn import __version__
-from kfqn.race.arguments import entrant, one_of, positive, problem, seconds, share, swept, warm_up
+from kfqn.race.arguments import Parser, entrant, one_of, positive, problem, seconds, share, swept, warm_up
 from kfqn.race.entrants import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT
 from kfqn.race.entrants.grids import SETTINGS
 from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
@@ -20,7 +20,7 @@ OF_PAPER = [name for name in PROBLEMS if name not in DEVELOPMENT]  # that figure
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kfqn",
         description="Race Kronecker-factored quasi-Newton optimizers against others on real data.",
     )
