@@ -107,10 +107,10 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if "." in name:
         pairs = [_pair(item) for item in rest.split(",")] if rest else []
         return name, {key: _argument(key, value) for key, _, value in pairs}
-    whole = ":".join([name, *rest.split(":")[:1]])  # with a word that may have been to be part of it
-    if name not in ENTRANTS or (":" in did_you_mean(whole, ENTRANTS) and "=" not in whole):
-        wrong = name if "=" in whole else whole.removesuffix(":")
-        raise ArgumentTypeError(_unknown("optimizer", wrong, ENTRANTS))
+    word = rest.partition(":")[0]
+    whole = f"{name}:{word}" if word and "=" not in word else name  # a word that may belong to the name
+    if name not in ENTRANTS or (whole != name and ":" in did_you_mean(whole, ENTRANTS)):
+        raise ArgumentTypeError(_unknown("optimizer", whole, ENTRANTS))
     return name, settings_of(ENTRANTS[name], rest) if rest else None
 
 

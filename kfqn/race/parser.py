@@ -13,7 +13,7 @@ from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
 from kfqn.race.problems import DEFAULT_DATA, DEVELOPMENT, PROBLEMS
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 OF_PAPER = [name for name in PROBLEMS if name not in DEVELOPMENT]  # that figures and tables can be made of
 
