@@ -46,7 +46,7 @@ def cnn():
 
 
 def normed():
-    """With BatchNorm, also without a weight. Columns outnumber no locations, where λ_A is of the batch size."""
+    """With BatchNorm, also without a weight. λ_A is of the batch size where columns outnumber locations."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()),
         nn.Sequential(nn.Conv2d(5, 6, 2), nn.BatchNorm2d(6, affine=False), nn.ReLU()),
