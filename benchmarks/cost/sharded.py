@@ -3,8 +3,8 @@
     python -m benchmarks.cost.sharded [--models resnet gpt] [--width 192] [--processes 2] [--rounds 20]
 
 Starts the processes itself, on the CPU with gloo. Bytes are of the tensors that a process gives to or gets
-from a collective call, the larger of both: of the pass, which is the same for all optimizers, and of `step`, of
-ours also where A is learnt, at about every 40th. Seconds are medians of a pass and a step, in turn, of steps
+from a collective call, the larger of both: of the pass, which is the same for all optimizers, and of `step`,
+of ours also where A is learnt, at about every 40th. Seconds are medians of a pass and a step, in turn, of steps
 that learn nothing; beside each other processes on few cores they are ratios alone.
 """
 
@@ -43,7 +43,7 @@ class Exchanged(TorchDispatchMode):
     """Counts the bytes of collective calls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
