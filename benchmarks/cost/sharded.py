@@ -4,8 +4,8 @@
 
 Starts the processes itself, on the CPU with gloo. Bytes are of the tensors that a process gives to or gets
 from a collective call, the larger of both: of the pass, which is the same for all optimizers, and of `step`,
-of ours also where A is learnt, at about every 40th. Seconds are medians of a pass and a step, in turn, of steps
-that learn nothing; beside each other processes on few cores they are ratios alone.
+of ours also where A is learnt, at about every 40th. Seconds are medians of a pass and a step, in turn, of
+steps that learn nothing; where processes share few cores their ratios say nothing of other machines.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 `KFBFGS(model)` takes one pass a step and needs nothing of this. Nor does `optimizer.step(closure)`, with
 which any optimizer here works, `KFAC` too, where gradients are not accumulated; Accelerate does not return
-its loss.
+its loss. ::
 
     model, optimizer, loader = accelerator.prepare(net, kfqn.KFLBFGS(net), loader)
     passes = SecondPasses(accelerator, optimizer, lambda x, y: F.cross_entropy(model(x), y))

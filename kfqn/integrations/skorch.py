@@ -1,4 +1,4 @@
-"""skorch, whose nets give an optimizer parameters, where kfqn's want the model.
+"""skorch, whose nets give an optimizer parameters, where kfqn's want the model. ::
 
 class Net(TakesModule, skorch.NeuralNetClassifier):
     pass
