@@ -1,4 +1,4 @@
-"""Without a learning rate there is one rule: every way to take steps leads to the same weights, to the bit."""
+"""Without a learning rate there is one rule: all ways to take steps lead to the same weights, to the bit."""
 
 import accelerate
 import pytest
