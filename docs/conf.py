@@ -27,6 +27,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebook is shown as it was committed; a test runs it
 default_role = "py:obj"  # `Name` of a docstring: a link where it is on the API page, code elsewhere
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["accelerate", "lightning", "skorch", "transformers"]  # the site is built without
 autodoc_inherit_docstrings = False  # what a part fills in is told where it is asked for
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 88

@@ -153,3 +153,15 @@ def test_gpt2_takes_the_steps_that_it_would_take_with_linear_layers():
 
             losses.append(optimizer.step(closure).item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("of", [Trainer, SecondPassTrainer])
+def test_kfac_is_refused_before_anything_moves(tmp_path, of):
+    model = language_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers = kfqn.KFAC(model, lr=0.1, damping=1.0), None
+    with pytest.raises(
+        (RuntimeError, TypeError), match=r"^KFAC .*targets drawn from the model's predictions"
+    ):
+        of(model, arguments(tmp_path), train_dataset=rows(), optimizers=optimizers).train()
+    assert all(map(torch.equal, before, model.parameters()))

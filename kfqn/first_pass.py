@@ -21,6 +21,7 @@ def run(training: Training, closure: Callable[[], Any] | None) -> Tensor | None:
     Lightning's does nothing where it has done everything before. Raises TypeError, ValueError and
     RuntimeError for a closure that cannot be used.
     """
+    training.iterates.go_on()
     training.check_factors()
     training.context.begin()
     if closure is None:

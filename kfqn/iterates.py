@@ -8,15 +8,19 @@ before a step, its gradients are those of x, and there is no other.
 ``state[p]["ahead"]`` is z − x while the model holds x, and x while it holds z, as ``ahead`` in a group's
 progress says whenever that is saved. So what is done to the weights between steps is done to both.
 
+Passes without gradients in evaluation mode, what `Kronecker.averaged` encloses, and saved models have x while
+the model holds z too: x and z change places for as long, to the bit (`lend`, `give_back`, `averages_of`).
+
 BatchNorm's running statistics go with the weights: what training passes keep of z is averaged for x, in the
 state of the module's weight under their names. Without, x would be evaluated with the statistics of z.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from kfqn.parameters.groups import Group, Groups, note
 from kfqn.parameters.shards import local, reshard
@@ -36,6 +40,8 @@ class Iterates:
         self.groups, self.rules = groups, dict[int, WeightAverage]()
         self.stepped = False  # whether a step has been taken since x was put back
         self.behind = False  # whether there is a z that the model does not hold
+        self.awaited = False  # whether it has been put aside between a training pass and its step
+        self.lent = dict[Averaged, None]()  # of which the model has x for the time being, and the state z
         self._parameters = list[Tensor]()  # of which something is kept,
         self._statistics = list[tuple[nn.Module, str]]()  # and of which buffers,
         self._apart = list[Tensor]()  # and what, in this order
@@ -43,7 +49,7 @@ class Iterates:
     def use(self, rules: Mapping[int, WeightAverage]) -> None:
         """Average by these rules."""
         self.rules = {place: rule for place, rule in rules.items() if rule.averages}
-        self.normalising = [m for m in self.groups.model.modules() if _keeps_statistics(m)]
+        self.normalising = {m for m in self.groups.model.modules() if _keeps_statistics(m)}
         self.sharded = any(layer.sharded for layer in self.groups.layers)
         self._prepare(ahead=any(group["progress"][KEY] for _, group in self._groups()))
 
@@ -65,15 +71,76 @@ class Iterates:
             torch._foreach_add_(weights, apart)
             torch._foreach_copy_(kept, x)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the model holds z."""
+        return bool(self._parameters) and not self.behind
+
     def note(self) -> None:
-        """Say in the groups what the model holds, before that is saved."""
+        """Say in the groups what the model holds, before both are copied."""
+        if self.lent:
+            self.put_aside()
         for _, group in self._groups():
-            note(group, ahead=bool(self._parameters) and not self.behind)
+            note(group, ahead=self.ahead)
+
+    def put_aside(self) -> None:
+        """Put x back before the state is saved, until the next training pass, or the step of the last one."""
+        awaited = self.awaited or self.ahead
+        if self.ahead:
+            self.fall_back()
+            increment_version(self._parameters)  # a graph that waits for its backward pass is of z
+        self.awaited = awaited
+
+    def go_on(self) -> None:
+        """A step begins: what training passes have seen is to move."""
+        self.give_back([*self.lent])
+        if self.awaited and self.behind:
+            self.go_ahead()
+
+    def lend(self, module: nn.Module) -> list[Averaged]:
+        """Put x for z in a module and all below it, where that has not been done: `give_back` takes it.
+
+        Nothing is lent to a part of a model of which another part is in training mode.
+        """
+        if not self.ahead:
+            return []
+        if self.sharded and not self.lent:
+            reshard(self.groups.model)
+        found = [own for own in self._of(module) if own not in self.lent and _is_kept(own, self.groups.state)]
+        self._swap(found)
+        self.lent |= dict.fromkeys(found)
+        return found
+
+    def give_back(self, found: Sequence[Averaged]) -> None:
+        """Put z where it was before `lend`, to the bit."""
+        found = [own for own in found if own in self.lent]
+        if found and self.sharded:
+            reshard(self.groups.model)
+        self._swap(found)
+        for own in found:
+            del self.lent[own]
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether no module with parameters is in training mode, as frozen ones may be for themselves."""
+        modules = (m for m in self.groups.model.modules() if m.training)
+        return not any(True for module in modules for _ in module.parameters(recurse=False))
+
+    def averages_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of x of a module's own weights and statistics, by their names, where it holds z."""
+        state, own = self.groups.state, dict[str, Averaged]()
+        if self.ahead:
+            own |= {name: (p, KEY, None) for name, p in module.named_parameters(recurse=False)}
+            if module in self.normalising:
+                own |= {name: (module.get_parameter("weight"), name, module) for name in STATISTICS}
+        held = {name: of for name, of in own.items() if of not in self.lent and _is_kept(of, state)}
+        return {name: state[of[0]][of[1]].to(_tensor(of), copy=True) for name, of in held.items()}
 
     @torch.no_grad()
     def fall_back(self) -> None:
         """Put x back in the model, and have it follow z if a step has been taken."""
-        stepped, self.stepped, ahead = self.stepped, False, not self.behind
+        self.give_back([*self.lent])
+        stepped, self.stepped, self.awaited, ahead = self.stepped, False, False, not self.behind
         if self.sharded:
             reshard(self.groups.model)
         for place, group in self._groups():
@@ -122,6 +189,25 @@ class Iterates:
             for module in self.normalising:
                 for name in STATISTICS:
                     yield module.get_parameter("weight"), name, module
+
+    def _of(self, module: nn.Module) -> Iterator[Averaged]:
+        """All that is averaged of a module and those below it."""
+        for p in module.parameters():
+            yield p, KEY, None
+        for below in (m for m in module.modules() if m in self.normalising):
+            for name in STATISTICS:
+                yield below.get_parameter("weight"), name, below
+
+    @torch.no_grad()
+    def _swap(self, found: Iterable[Averaged]) -> None:
+        """What the model holds and what the state keeps, without autograd's count of versions."""
+        for p, key, module in found:
+            held, of = _tensor((p, key, module)), self.groups.state[p]
+            of[key] = of[key].to(held)
+            weights, kept = local(held).data, local(of[key])
+            before = weights.clone()
+            weights.copy_(kept)
+            kept.copy_(before)
 
     def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
         """What is averaged and what is kept of it, which follows it to another type or device."""

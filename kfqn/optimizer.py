@@ -222,7 +222,7 @@ class Kronecker(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """With ``averaging``, put the averaged weights in the model while inside; without, nothing."""
+        """While inside, the model has averaged weights: of ``averaging``, or with ``lr="auto"`` always."""
         with averaged_weights(self.training):
             yield
 
@@ -293,8 +293,8 @@ class Kronecker(torch.optim.Optimizer):
         self.training = Training(
             self._groups, self._curvature, self._parts, process_group, self._shard, warned
         )
-        self.register_state_dict_pre_hook(_note)
+        self.register_state_dict_pre_hook(_put_aside)
 
 
-def _note(optimizer: Any) -> None:
-    optimizer.training.iterates.note()
+def _put_aside(optimizer: Any) -> None:
+    optimizer.training.iterates.put_aside()

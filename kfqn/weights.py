@@ -26,13 +26,15 @@ def averaged_weights(training: Training) -> Iterator[None]:
         for layer in training.groups.layers
         if training.groups.of(layer).get("averaging") and "mean_W" in (state := training.states.of(layer))
     ]
-    own = [layer.W() for layer, _ in pairs]
+    own, iterates = [layer.W() for layer, _ in pairs], training.iterates
+    lent = iterates.lend(training.groups.model)
     with torch.no_grad():
         for layer, mean in pairs:
             layer.set_(mean)
     try:
         yield
     finally:
+        iterates.give_back(lent)
         with torch.no_grad():
             for (layer, _), W in zip(pairs, own, strict=True):
                 layer.set_(W)

@@ -45,6 +45,15 @@ def cnn():
     )
 
 
+def normed():
+    """With BatchNorm, also without a weight. λ_A is of the batch size where columns outnumber locations."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(5, 6, 2), nn.BatchNorm2d(6, affine=False), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
 class Block(nn.Module):
     """Attention and a multi-layer perceptron, in part made of GPT-2's layer, whose weights are transposed."""
 
@@ -77,13 +86,13 @@ class Transformer(nn.Module):
 
 def build(kind):
     torch.manual_seed(0)
-    return cnn() if kind == "cnn" else Transformer()
+    return {"cnn": cnn, "normed": normed, "transformer": Transformer}[kind]()
 
 
 def data(kind):
     """The joint batches, the same in every process."""
     torch.manual_seed(1)
-    if kind == "cnn":
+    if kind != "transformer":
         return [(torch.randn(8, 3, 4, 4), torch.randint(4, (8,))) for _ in range(STEPS + MORE)]
     return [(torch.randint(7, (8, 5)), torch.randint(7, (8, 5))) for _ in range(STEPS + MORE)]
 
@@ -103,33 +112,42 @@ def optimizer_of(model, kind):
 
 
 def train(model, optimizer, batches, kind, share=slice(None)):
-    """Two micro-batches a step, clipped gradients, and now and then the model is evaluated in between."""
+    """Micro-batches, clipped gradients, and what evaluations between them and between steps have given."""
+    seen = []
     for k, (x, y) in enumerate(batches):
         optimizer.zero_grad()
         micro = [(x[:4], y[:4]), (x[4:], y[4:])] if k % 4 == 0 else [(x, y)]
         for i, (x_i, y_i) in enumerate(micro):
+            if i:
+                seen.append(evaluated(model, x))
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(i + 1 == len(micro))
-            if kind == "cnn" and k % 40 == 0:  # of which A is nothing
+            if kind != "transformer" and k % 40 == 0:  # of which A is nothing
                 moved = (x_i[share] + 1).requires_grad_()
                 torch.autograd.grad(model(moved).square().sum(), moved)
             output = model(x_i[share])
             (F.cross_entropy(output, y_i[share].flatten()) / len(micro)).backward()
         clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        if k % 5 == 2:  # which leaves the root gathered
-            model.eval()
-            with torch.no_grad():
-                model(x[share])
-            model.train()
+        if k % 5 == 2:
+            seen.append(evaluated(model, x))
+    return seen
+
+
+@torch.no_grad()
+def evaluated(model, x):
+    """Which leaves the root gathered."""
+    output = model.eval()(x)
+    model.train()
+    return output
 
 
 def whole(x):
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
-def result(model, optimizer):
-    """Weights and state, whole."""
+def result(model, optimizer, seen):
+    """Weights and state, whole, and what was seen."""
     if hasattr(model, "reshard"):
         model.reshard()
     names = {p: name for name, p in model.named_parameters()}
@@ -138,7 +156,7 @@ def result(model, optimizer):
         for p, of in optimizer.state.items()
     }
     weights = {name: whole(v) for name, v in model.state_dict().items()}
-    return {"model": weights, "state": state}
+    return {"model": weights, "state": state, "seen": seen}
 
 
 def save(model, optimizer, folder):
@@ -157,17 +175,17 @@ def main(folder, kind, how):
     mesh = init_device_mesh("cpu", (size,))
     if how == "hybrid":
         mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "parts"))
-    batches, share = data(kind), slice(rank, None, size)
+    batches, share = data(kind), slice(None) if kind == "normed" else slice(rank, None, size)
     model = sharded(build(kind), mesh)
     optimizer = optimizer_of(model, kind)
     if how == "resumed":  # from what one process has saved
         load(model, optimizer, folder / f"{kind}:one")
-        train(model, optimizer, batches[STEPS:], kind, share)
+        seen = train(model, optimizer, batches[STEPS:], kind, share)
     else:
-        train(model, optimizer, batches[: FEW if how in ("hybrid", "few") else STEPS], kind, share)
+        seen = train(model, optimizer, batches[: FEW if how in ("hybrid", "few") else STEPS], kind, share)
         if how == "saved":
             save(model, optimizer, folder / f"{kind}:two")
-    torch.save(result(model, optimizer), folder / f"{kind}:{how}:{rank}.pt")
+    torch.save(result(model, optimizer, seen), folder / f"{kind}:{how}:{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -485,6 +485,201 @@ def test_a_graph_made_before_the_training_pass_can_be_differentiated(first):
     assert not same(held(model), latest(model, optimizer))
 
 
+# --- between a training pass and its step ---------------------------------------------------------------
+
+
+def skipped(model, optimizer, x, target):
+    """As a GradScaler skips it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.zero_grad()
+    scaler.scale(float("inf") * F.cross_entropy(model(x), target)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def micro_batch(model, optimizer, x, target):
+    optimizer.zero_grad()
+    backward(model, x, target)
+
+
+def failing(model, optimizer, x, target):
+    model(x)  # and then something raises
+
+
+WAITING = [skipped, micro_batch, failing]
+
+
+def midway(model, optimizer, data, waiting):
+    """What the model holds between steps; then it holds z, which a step has not followed."""
+    train(model, optimizer, data[:5])
+    x = held(model)
+    waiting(model, optimizer, *data[5])
+    assert not same(held(model), x)
+    return x
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_sees_x_and_the_next_step_z(make, waiting, context):
+    """Run as a whole, by its parts, and where it fails: with the statistics too, and without a trace."""
+    model, data = batch_normed(), batches((5,), 8)
+    optimizer, seen = make(model), []
+    train(model, optimizer, data[:5])
+    with torch.no_grad():
+        wanted = model.eval()(data[6][0])
+    model.train()
+    waiting(model, optimizer, *data[5])
+    z, moved = held(model), statistics(model)
+    before = copy.deepcopy((model, optimizer))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    model.eval()
+    with context():
+        assert torch.equal(model(data[6][0]), wanted)
+        assert same([*held(model), *statistics(model)], [*z, *moved])
+        a = data[6][0]
+        for module in model:
+            a = module(a)
+        assert torch.equal(a, wanted)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.randn(2, 7))
+        assert torch.equal(model(data[6][0]), wanted)
+    handles = [part.register_forward_hook(lambda *args: seen.append(held(model))) for part in model[:2]]
+    model(data[6][0])  # with gradients: a training pass in evaluation mode, whose backward pass would need z
+    model.train()
+    with torch.no_grad():
+        model[1].eval()(torch.randn(3, 6))  # frozen in a model that is in training mode
+        model(data[6][0])
+    model.train()
+    assert len(seen) == 5
+    assert all(same(weights, z) for weights in seen)
+    for handle in handles:
+        handle.remove()
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    for those in ((model, optimizer), before):
+        by_hand(*those, data[7])
+    assert unchanged(snapshot(model, optimizer), snapshot(*before))
+
+
+def test_an_evaluation_between_a_pass_and_its_backward_pass_changes_no_gradient():
+    """A teacher that is the model itself."""
+    model, data = batch_normed(), batches((5,), 7)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = kfqn.KFBFGS(model), kfqn.KFBFGS(twin)
+    for k, (x, target) in enumerate(data):
+        by_hand(model, optimizer, (x, target))
+        theirs.zero_grad()
+        loss = F.cross_entropy(twin(x), target)
+        with torch.no_grad():
+            taught = twin.eval()(x)
+        twin.train()
+        loss.backward()
+        theirs.step()
+        assert k == 0 or taught.isfinite().all()
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+def test_an_evaluation_that_is_interrupted_costs_nothing(make):
+    model, data = normed(), batches((5,), 8)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    midway(model, optimizer, data, micro_batch)
+    midway(twin, theirs, data, micro_batch)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = twin[2].register_forward_hook(interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        twin.eval()(data[6][0])
+    handle.remove()
+    twin.train()
+    for those in ((model, optimizer), (twin, theirs)):
+        backward(those[0], *data[6])
+        those[1].step()
+        train(*those, data[7:])
+    assert unchanged(snapshot(model, optimizer), snapshot(twin, theirs))
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+def test_a_model_is_saved_with_x_whole_or_in_part(make, waiting):
+    model, data = batch_normed(), batches((5,), 8)
+    optimizer = make(model)
+    train(model, optimizer, data[:5])
+    wanted = copy.deepcopy(model.state_dict())
+    waiting(model, optimizer, *data[5])
+    z = held(model)
+    wanted["1.num_batches_tracked"] = model[1].num_batches_tracked
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    for saved in (torch.load(file), nn.ModuleDict({"inside": model}).state_dict()):
+        assert len(saved) == len(wanted)
+        assert all(map(torch.equal, saved.values(), wanted.values()))
+    assert torch.equal(model[0].state_dict()["weight"], wanted["0.weight"])
+    assert same(held(model), z)
+    with optimizer.averaged():
+        assert all(map(torch.equal, model.state_dict().values(), wanted.values()))
+        assert all(map(torch.equal, copy.deepcopy(model).state_dict().values(), wanted.values()))
+    assert same(held(model), z)
+
+
+@pytest.mark.parametrize("saved", ["model first", "optimizer first"])
+def test_gradients_that_wait_for_their_step_outlast_a_checkpoint(make, saved):
+    """The step is that of z, to rounding; what is loaded goes on from there."""
+    model, data = normed(), batches((5,), 9)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    midway(model, optimizer, data, micro_batch)
+    x = midway(twin, theirs, data, micro_batch)
+    order = (twin, theirs) if saved == "model first" else (theirs, twin)
+    loaded = dict(zip(map(type, order), through_a_file(*order), strict=True))
+    assert same(held(twin), x)
+    optimizer.step()
+    theirs.step()
+    for left, right in ((held(model), held(twin)), (latest(model, optimizer), latest(twin, theirs))):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    other = normed()
+    other.load_state_dict(loaded[type(twin)])
+    resumed = make(other)
+    resumed.load_state_dict(loaded[type(theirs)])
+    train(other, resumed, data[5:6])
+    torch.testing.assert_close(held(other), held(twin), rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_between_a_pass_and_its_backward_pass_is_an_error_of_torch():
+    model, data = normed(), batches((5,), 6)
+    optimizer = kfqn.KFBFGS(model)
+    train(model, optimizer, data[:5])
+    loss = F.cross_entropy(model(data[5][0]), data[5][1])
+    model.state_dict()
+    loss.backward(retain_graph=True)
+    optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_averaged_has_x_inside_where_training_passes_and_steps_go_on(make):
+    model, data = normed(), batches((5,), 8)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    x = midway(model, optimizer, data, micro_batch)
+    midway(twin, theirs, data, micro_batch)
+    with theirs.averaged():
+        assert same(held(twin), x)
+        both = copy.deepcopy((twin, theirs))
+        with torch.no_grad():
+            twin.eval()(data[6][0])
+        twin.train()
+        assert same(held(twin), x)
+        theirs.step()
+        after = held(twin)
+    assert same(held(twin), after)
+    optimizer.step()
+    torch.testing.assert_close(held(model), after)
+    train(*both, data[5:6])
+    torch.testing.assert_close(held(both[0]), after)
+
+
 # --- around the model -----------------------------------------------------------------------------------
 
 

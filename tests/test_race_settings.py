@@ -62,6 +62,21 @@ def test_a_word_that_is_none_of_the_choices_is_answered_with_them(paced):
     [
         (["race", "--problem", "digit"], ["no problem 'digit', did you mean digits? (choose from digits,"]),
         (["race", "--optimizers", "kfbgfs"], ["no optimizer 'kfbgfs', did you mean kfbfgs? (choose from"]),
+        (["race", "--optimizers", "kfbfgs:atuo"], ["no optimizer 'kfbfgs:atuo', did you mean kfbfgs:auto?"]),
+        (["race", "--optimizers", "kflbfsg:auto:decay=0"], ["'kflbfsg:auto', did you mean kflbfgs:auto?"]),
+        (["race", "--optimizers", "kfbfgs:auto:input=rot"], ["got 'rot', did you mean root?"]),
+        (["race", "--optimizers", "kfbfgs:auto:inptu=root"], ["got 'inptu=root', did you mean input?"]),
+        (["race", "--optimizers", "torch.optm.SGD"], ["'torch.optm'), did you mean optim? give the class's"]),
+        (["race", "--optimizers", "torch.optim.SGD:shedule=cosine"], ["did you mean schedule?"]),
+        (["race", "--optimizers", "torch.optim.SGD:nesterov=ture"], ["'ture', did you mean true?"]),
+        (["race", "--schedule", "cosin"], ["did you mean cosine?"]),
+        (["race", "--optimisers", "adam"], ["--optimisers adam, did you mean --optimizers?"]),
+        (["race", "--device", "cud"], ["did you mean cuda? leave it out"]),
+        (["rcae"], ["'rcae'", "did you mean race?"]),
+        (["sweep", "--by", "test_eror"], ["did you mean test_error?"]),
+        (["sweep", "--coarse", "dampin"], ["did you mean damping?"]),
+        (["figure", 5], ["invalid choice: 5"]),
+        (["runs", "--cvs"], ["--cvs, did you mean --csv?"]),
         (["race", "--optimizers", "kfbfgs:auto:dampin=1"], ["got 'dampin=1', did you mean damping?"]),
         (
             ["sweep", "--optimizers", "soup"],
@@ -73,6 +88,14 @@ def test_a_word_that_is_none_of_the_choices_is_answered_with_them(paced):
 )
 def test_what_is_misspelt_is_answered_with_what_is_meant(arguments, parts):
     one_line(here(*arguments), *parts)
+
+
+def test_folders_and_files_that_are_near_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "ours_of_here.py").write_text("")
+    one_line(here("runs", "rnus"), "there are no runs in rnus, did you mean runs? name a folder")
+    one_line(here("race", "--problem", "uors_of_here:problem"), "did you mean ours_of_here? name it as FILE:")
 
 
 def test_folders_of_runs_keep_their_names():

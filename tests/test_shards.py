@@ -18,7 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import kfqn
 from kfqn.curvature.output_factor import NoOutputFactor
 
-KINDS = ["cnn", "transformer"]
+KINDS = ["cnn", "normed", "transformer"]
 pytestmark = [
     pytest.mark.usefixtures("double"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
@@ -42,19 +42,19 @@ def same(got, expected):
 def of_one(kind, steps):
     model = build(kind)
     optimizer = optimizer_of(model, kind)
-    train(model, optimizer, data(kind)[:steps], kind)
-    return model, optimizer
+    return model, optimizer, train(model, optimizer, data(kind)[:steps], kind)
 
 
 def test_two_processes_are_one_and_checkpoints_go_from_one_to_two_and_back(tmp_path):
-    """Through A's second lesson, with clipping, micro-batches, evaluation in between and checkpointing."""
+    """Through A's second lesson, with clipping, micro-batches, evaluations between them, checkpointing, and
+    the statistics of BatchNorm, for which all processes have the same data."""
     alone = {}
     for kind in KINDS:
-        model, optimizer = of_one(kind, STEPS)
-        before = result(model, optimizer)
+        model, optimizer, seen = of_one(kind, STEPS)
+        before = result(model, optimizer, seen)
         save(model, optimizer, tmp_path / f"{kind}:one")
-        train(model, optimizer, data(kind)[STEPS:], kind)
-        alone[kind] = before, result(model, optimizer)
+        seen = train(model, optimizer, data(kind)[STEPS:], kind)
+        alone[kind] = before, result(model, optimizer, seen)
     cases = [f"{kind}:{how}" for kind in KINDS for how in ("saved", "resumed")]
     for case, (first, second) in processes(2, cases, tmp_path).items():
         kind, how = case.split(":")
@@ -64,8 +64,8 @@ def test_two_processes_are_one_and_checkpoints_go_from_one_to_two_and_back(tmp_p
         model = build(kind)
         optimizer = optimizer_of(model, kind)
         load(model, optimizer, tmp_path / f"{kind}:two")
-        train(model, optimizer, data(kind)[STEPS:], kind)
-        same(result(model, optimizer), alone[kind][1])
+        seen = train(model, optimizer, data(kind)[STEPS:], kind)
+        same(result(model, optimizer, seen), alone[kind][1])
 
 
 def test_four_processes_of_which_some_have_no_rows_or_two_copies_of_two_parts_are_one(tmp_path):
@@ -145,7 +145,7 @@ def test_a_model_that_is_sharded_when_the_optimizer_is_there_is_refused_at_the_s
 
 
 def test_a_whole_state_is_not_taken_for_a_part(alone):
-    _, optimizer = of_one("cnn", 2)
+    _, optimizer, _ = of_one("cnn", 2)
     other = sharded(build("cnn"), alone)
     theirs = optimizer_of(other, "cnn")
     for own, saved, was in ((theirs, optimizer, "whole"), (optimizer, theirs, "sharded")):

@@ -2,7 +2,7 @@
 
 `KFBFGS(model)` takes one pass a step and needs nothing of this. Nor does `optimizer.step(closure)`, with
 which any optimizer here works, `KFAC` too, where gradients are not accumulated; Accelerate does not return
-its loss.
+its loss. ::
 
     model, optimizer, loader = accelerator.prepare(net, kfqn.KFLBFGS(net), loader)
     passes = SecondPasses(accelerator, optimizer, lambda x, y: F.cross_entropy(model(x), y))
@@ -19,6 +19,7 @@ from typing import Any, final
 import accelerate
 from torch import Tensor
 
+import kfqn
 from kfqn.integrations.watch import inner
 
 
@@ -33,6 +34,8 @@ class SecondPasses:
             called backward.
 
     The second pass is run as the optimizer's step ends, before a `GradScaler` changes its scale.
+
+    Raises TypeError for `KFAC`, whose passes are not those of the loss.
     """
 
     def __init__(
@@ -43,6 +46,11 @@ class SecondPasses:
         *,
         backward: bool = False,
     ) -> None:
+        if isinstance(inner(optimizer), kfqn.KFAC):
+            raise TypeError(
+                "KFAC learns from targets drawn from the model's predictions, which no loss of a micro-batch "
+                "has: give its step a closure of kfqn.closure, in a loop of your own."
+            )
         self.accelerator, self.loss, self.backward = accelerator, loss, backward
         self._batches: list[tuple[Any, ...]] = []
         self._is_last = False  # whether a step was to follow the last micro-batch

@@ -79,11 +79,7 @@ class _BothPasses:
 
 @final
 class Watch(lightning.Callback):
-    """Tells watchers of the steps of a module's first kfqn optimizer: ``callbacks=[Watch(report)]``.
-
-    Without watchers it is of use where gradients are accumulated: validation and checkpoints between two
-    micro-batches then have the averaged weights too, and not those that the next step is taken with.
-    """
+    """Tells watchers of the steps of a module's first kfqn optimizer: ``callbacks=[Watch(report)]``."""
 
     def __init__(self, *watchers: Watcher) -> None:
         self.watchers, self._losses, self._step = watchers, list[Tensor](), 0
@@ -95,8 +91,6 @@ class Watch(lightning.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         found = [own for own in trainer.optimizers if isinstance(own, Kronecker)]
-        for own in found:
-            own.training.iterates.fall_back()
         if isinstance(outputs, Mapping) and "loss" in outputs:
             self._losses.append(outputs["loss"])
         if trainer.global_step == self._step:

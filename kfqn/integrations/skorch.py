@@ -1,9 +1,11 @@
 """skorch, whose nets give an optimizer parameters, where kfqn's want the model.
 
-class Net(TakesModule, skorch.NeuralNetClassifier):
-    pass
+Example::
 
-Net(module, optimizer=kfqn.KFBFGS, optimizer__weight_decay=0.01).fit(x, y)
+    class Net(TakesModule, skorch.NeuralNetClassifier):
+        pass
+
+    Net(module, optimizer=kfqn.KFBFGS, optimizer__weight_decay=0.01).fit(x, y)
 """
 
 import skorch

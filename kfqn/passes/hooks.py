@@ -71,16 +71,62 @@ class Before(Hook):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         recorder, compiled = self.recorder(), torch.compiler.is_compiling()
-        if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if recorder is None or torch.compiler.is_exporting():
             return
         iterates = recorder.iterates
-        behind = iterates is not None and iterates.behind and module.training
-        if behind and (compiled or not (in_transform() or in_jit_trace())):
+        if not torch.is_grad_enabled():
+            if not (compiled or module.training) and iterates.ahead:
+                _lend(recorder, module)
+            return
+        if not compiled and module.training and iterates.lent:  # of a pass that was interrupted
+            iterates.give_back([*iterates.lent])
+        if iterates.behind and module.training and (compiled or not (in_transform() or in_jit_trace())):
             iterates.go_ahead()
         if self.whole:
             recorder.ran = recorder.ran or compiled
             if recorder.starts or not compiled:
                 _start(recorder, module)
+
+
+def _lend(recorder: Any, module: nn.Module) -> None:
+    """A pass that measures begins: until it ends the model has x."""
+    if in_transform() or in_jit_trace() or not recorder.iterates.evaluating:
+        return
+    lent = recorder.iterates.lend(module)
+    if lent:
+        hook = Measured(recorder, lent)
+        hook.handle = module.register_forward_hook(hook, always_call=True)
+        recorder.handles.append(hook.handle)
+
+
+@final
+class Measured(Hook):
+    """After a forward pass, or its failure, for which x was lent; once."""
+
+    def __init__(self, recorder: Any, lent: Any) -> None:
+        super().__init__(recorder)
+        self.lent = lent
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        recorder = self.recorder()
+        if recorder is None or torch.compiler.is_compiling():
+            return
+        recorder.iterates.give_back(self.lent)
+        self.lent = ()
+        if output is not None:  # after a failure torch goes through the hooks themselves
+            recorder.handles.remove(self.handle)
+            self.handle.remove()
+
+
+@final
+class Saved(Hook):
+    """After a module has put its own parameters and buffers in a ``state_dict``."""
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            averages = recorder.iterates.averages_of(module)
+            state_dict.update({prefix + name: x for name, x in averages.items()})
 
 
 @final

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.shards import is_fully_sharded
 from kfqn.passes.gate import gated, is_for
-from kfqn.passes.hooks import After, Before
+from kfqn.passes.hooks import After, Before, Saved
 from kfqn.passes.record import Call, LayerRecord, has_gradient
 from kfqn.passes.replay import Rewind, start_of
 from kfqn.passes.spec import PassSpec
@@ -54,16 +54,17 @@ class Recorder:
         private.have_hooks_noticed()
         self.iterates, self._slots = iterates, dict[Layer, Slot]()
         self._numbers, self._replay = itertools.count(), list[Rewind]()
-        self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        self.handles: list[Any] = []
+        weakref.finalize(self, _remove, self.handles).atexit = False
         self.forget()
         self.record_first(first)
         for module in model.modules():
             sharded = is_fully_sharded(module)
             if module is model or sharded or any(True for _ in module.parameters(recurse=False)):
-                hook = Before(self, whole=module is model)  # and before `fully_shard` gathers parameters
-                hook.handle = module.register_forward_pre_hook(hook, prepend=sharded)
-                self._handles.append(hook.handle)
+                before, saved = Before(self, whole=module is model), Saved(self)
+                before.handle = module.register_forward_pre_hook(before, prepend=sharded)  # before it gathers
+                saved.handle = module.register_state_dict_post_hook(saved)
+                self.handles += [before.handle, saved.handle]
         self.add(layers)
 
     def add(self, layers: Sequence[Layer]) -> None:
@@ -74,7 +75,7 @@ class Recorder:
                 hook = After(self, self._slots[layer])
                 first = is_fully_sharded(module)  # before its own hook drops the parameters
                 hook.handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
-                self._handles.append(hook.handle)
+                self.handles.append(hook.handle)
         self._record(self.spec)
 
     def record_first(self, spec: PassSpec | None) -> None:

@@ -1,16 +1,41 @@
 """What a person types, as values: each is a ``type`` for argparse, and says what is wrong with a text."""
 
+import argparse
 import contextlib
 import math
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn, final
 
 from kfqn.race.entrants import ENTRANTS, SWEPT, Entrant, Settings
 from kfqn.race.entrants.grids import Grid
 from kfqn.race.entrants.registry import OF_TRAINER, OF_TRAINER_CHOICES
 from kfqn.race.failure import did_you_mean
 from kfqn.race.problems import PROBLEMS
+
+
+@final
+class Parser(argparse.ArgumentParser):
+    """One that also says what was meant by an unknown word or option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it below the usage, and leave with 2."""
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        option = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        if choice:
+            message += did_you_mean(choice[1], choice[2].replace("'", "").split(", "))
+        elif option:
+            message += did_you_mean(option[1], self._words())
+        super().error(message)
+
+    def _words(self) -> Iterator[str]:
+        """All options, of its commands too."""
+        for action in self._actions:
+            yield from action.option_strings
+            commands = action.choices if isinstance(action, argparse._SubParsersAction) else {}
+            for command in commands.values():
+                yield from (word for own in command._actions for word in own.option_strings)
 
 
 def seconds(text: str) -> float:
@@ -82,8 +107,10 @@ def entrant(text: str) -> tuple[str, Settings | None]:
     if "." in name:
         pairs = [_pair(item) for item in rest.split(",")] if rest else []
         return name, {key: _argument(key, value) for key, _, value in pairs}
-    if name not in ENTRANTS:
-        raise ArgumentTypeError(_unknown("optimizer", name, ENTRANTS))
+    word = rest.partition(":")[0]
+    whole = f"{name}:{word}" if word and "=" not in word else name  # a word that may belong to the name
+    if name not in ENTRANTS or (whole != name and ":" in did_you_mean(whole, ENTRANTS)):
+        raise ArgumentTypeError(_unknown("optimizer", whole, ENTRANTS))
     return name, settings_of(ENTRANTS[name], rest) if rest else None
 
 
@@ -168,4 +195,5 @@ def _argument(key: str, value: str) -> Any:
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(value)
-    raise ArgumentTypeError(f"{key} must be a number, true or false, got {value!r}")
+    near = did_you_mean(key, OF_TRAINER_CHOICES) or did_you_mean(value, ("true", "false"))
+    raise ArgumentTypeError(f"{key} must be a number, true or false, got {value!r}{near}")

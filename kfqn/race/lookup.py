@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def named(module: str, name: str, advice: str) -> Any:
                 f"{error.name} is missing: install the peers with 'make peers', or pip install --no-deps "
                 "-c constraints.txt --group peers."
             ) from error
-        raise Failure(f"{module} cannot be imported ({error}): {advice}.") from error
+        near = did_you_mean(module.rpartition(".")[-1], _beside(module)) if error.name == module else ""
+        raise Failure(f"{module} cannot be imported ({error}){near or ':'} {advice}.") from error
     except Exception as error:  # whatever its own lines raise
         raise Failure(f"{module} cannot be imported ({first_line(error)}): mend it.") from error
     if not hasattr(found, name):
@@ -30,6 +32,14 @@ def named(module: str, name: str, advice: str) -> Any:
         near = did_you_mean(name, known)
         raise Failure(f"{module or 'the empty module'} has no {name}{near or ':'} {advice}.")
     return getattr(found, name)
+
+
+def _beside(module: str) -> list[str]:
+    """The modules of its package, or of the current folder."""
+    package = sys.modules.get(module.rpartition(".")[0])
+    if package is None:
+        return [path.stem for path in Path.cwd().glob("*.py")]
+    return [name for name, thing in vars(package).items() if inspect.ismodule(thing)]
 
 
 def first_line(error: Exception) -> str:

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfqn import __version__
-from kfqn.race.arguments import entrant, one_of, positive, problem, seconds, share, swept, warm_up
+from kfqn.race.arguments import Parser, entrant, one_of, positive, problem, seconds, share, swept, warm_up
 from kfqn.race.entrants import DEFAULT_FIELD, ENTRANTS, PAPER_FIELD, SWEPT
 from kfqn.race.entrants.grids import SETTINGS
 from kfqn.race.entrants.registry import OF_TRAINER_CHOICES
 from kfqn.race.problems import DEFAULT_DATA, DEVELOPMENT, PROBLEMS
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 OF_PAPER = [name for name in PROBLEMS if name not in DEVELOPMENT]  # that figures and tables can be made of
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="kfqn",
         description="Race Kronecker-factored quasi-Newton optimizers against others on real data.",
     )

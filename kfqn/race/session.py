@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from kfqn.race import process_group, sweep
 from kfqn.race.cores import available_cores, requested_threads
 from kfqn.race.entrants.registry import check_settings
-from kfqn.race.failure import Failure
+from kfqn.race.failure import Failure, did_you_mean
 from kfqn.race.options import Training, Tuning
 from kfqn.race.problems import DEFAULT_DATA, Problem
 from kfqn.race.problems.cifar import Cifar
@@ -140,7 +140,10 @@ def check_device(device: str) -> None:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise Failure(f"--device {device} cannot be used ({reason}): leave it out for the CPU.") from None
+            near = did_you_mean(device, ("cpu", "cuda", "mps", "xpu")) if "Expected one of" in reason else ""
+            raise Failure(
+                f"--device {device} cannot be used ({reason}){near or ':'} leave it out for the CPU."
+            ) from None
 
 
 def search_of(tuning: Tuning, scale: Scale, by: str, seeds: int = 1) -> Search:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kfqn.race.entrants.settings import format_value
-from kfqn.race.failure import Failure
+from kfqn.race.failure import Failure, did_you_mean
 from kfqn.race.runs import Run
 
 VALUES = ("train_loss", "average_loss", "test_loss", "test_error", "seconds", "cpu_seconds")  # of an epoch
@@ -20,7 +20,10 @@ def runs_below(folder: Path) -> list[Run]:
     """All runs in a folder and the folders in it, by name; Failure if there are none."""
     found = [Run(path.parent) for path in sorted(folder.rglob("config.json"))]
     if not found:
-        raise Failure(f"there are no runs in {folder}: name a folder that a race or a sweep had as --out.")
+        near = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*/")))
+        raise Failure(
+            f"there are no runs in {folder}{near or ':'} name a folder that a race or a sweep had as --out."
+        )
     return found
 
 
