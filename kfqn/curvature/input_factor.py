@@ -23,6 +23,7 @@ from kfqn.parameters.layers import Layer
 REMEMBERED = 0.8  # of A is left at each mini-batch that is learnt from
 ENOUGH = 10  # times as many a_t as A has rows, of which a mini-batch's A is taken,
 SPARSEST = 8  # and of every eighth datum at least
+WRITTEN = 2**20  # entries of the a_t that are written out at a time
 
 
 class InputFactor(ABC):
@@ -183,7 +184,7 @@ class AveragedRoot(InputFactor):
     def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
         vectors = len(a) * math.prod(inputs.locations(a))
         every = max(1, min(SPARSEST, vectors // (ENOUGH * inputs.columns)))
-        return second_moment(inputs, a[::every])
+        return second_moment(inputs, a[::every], WRITTEN)
 
     def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return (*inputs.groups, inputs.columns, inputs.columns)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kfqn.formulas.inputs import Inputs
 from kfqn.formulas.roots import inverse_root
 
-_BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time
+_BLOCK = 2**24  # entries of the a_t that `second_moment` writes out at a time, at the start
 _IN_CACHE = 2**20  # entries of the maps that eq. (13) writes out at a time on a CPU
 
 
@@ -38,14 +38,14 @@ def second_moment_matvec(inputs: Inputs, a: Tensor, v: Tensor) -> Tensor:
     return sum(rest, start=first) / len(a)
 
 
-def second_moment(inputs: Inputs, a: Tensor) -> Tensor:
-    """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (*g, C, C), eq. (8): dense, O(m|T|C²), for the start only.
+def second_moment(inputs: Inputs, a: Tensor, entries: int = _BLOCK) -> Tensor:
+    """A = E_n[Σ_t a_t(n) a_t(n)ᵀ], (*g, C, C), eq. (8): dense, O(m|T|C²).
 
-    The a_t are written out for a few data at a time, so memory stays bounded.
+    The a_t are written out for a few data at a time, about so many ``entries``, so memory stays bounded.
     """
     g, C = inputs.groups, inputs.columns
     A = a.new_zeros(math.prod(g), C, C)
-    data = max(1, _BLOCK // (math.prod((*g, *inputs.locations(a))) * C))
+    data = max(1, entries // (math.prod((*g, *inputs.locations(a))) * C))
     for block in a.split(data):
         at = inputs.patches(block).movedim(0, -3).reshape(len(A), -1, C)
         A.baddbmm_(at.mT, at)
