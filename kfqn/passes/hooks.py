@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn.passes.traced import Slot, traced
-from kfqn.runtime.private import in_jit_trace, in_transform
+from kfqn.runtime.private import also_where_checkpointed, in_jit_trace, in_transform
 
 _STARTS = "a second pass without a closure starts as the first did: give step a closure"
 _SAMPLED = "what KFAC learns from gradients of single data cannot be traced"
@@ -149,7 +149,9 @@ class After(Hook):
             return None
         if recorder.spec is None:
             return None
-        return (traced if recorder.spec.linear else _observe)(recorder, self.slot, a, h)
+        if not recorder.spec.linear:
+            return _observe(recorder, self.slot, a, h)
+        return also_where_checkpointed(traced, recorder, self.slot, a, h)
 
 
 @torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
