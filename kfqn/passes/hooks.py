@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from kfqn.passes.eager import observe
 from kfqn.passes.traced import Slot, traced
 from kfqn.runtime.private import also_where_checkpointed, in_jit_trace, in_transform
 
@@ -84,8 +85,10 @@ class Before(Hook):
             iterates.go_ahead()
         if self.whole:
             recorder.ran = recorder.ran or compiled
-            if recorder.starts or not compiled:
-                _start(recorder, module)
+            if recorder.meets or not compiled:
+                recorder.meet()
+            if recorder.starts.matter:
+                _start(recorder, module, compiled)
 
 
 def _lend(recorder: Any, module: nn.Module) -> None:
@@ -141,9 +144,11 @@ class After(Hook):
         recorder = self.recorder()
         if recorder is None or torch.compiler.is_exporting():
             return None
-        a = args[0] if args else next(iter(kwargs.values()))
-        if not torch.compiler.is_compiling():
-            return recorder.observe(self.slot, a, h)
+        a, compiled = args[0] if args else next(iter(kwargs.values())), torch.compiler.is_compiling()
+        if recorder.spec is not None and torch.is_grad_enabled():
+            self.slot.in_graph = compiled
+        if not compiled:
+            return observe(recorder, self.slot, a, h)
         if not h.numel():
             recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
             return None
@@ -155,10 +160,12 @@ class After(Hook):
 
 
 @torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
-def _start(recorder: Any, model: nn.Module) -> None:
+def _start(recorder: Any, model: nn.Module, compiled: bool) -> None:
+    recorder.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
     recorder.start(model)
 
 
 @torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
 def _observe(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Any:
-    return recorder.observe(slot, a, h)
+    recorder.breaks |= {f"broken at every layer: {_SAMPLED}"}
+    return observe(recorder, slot, a, h)
