@@ -3,10 +3,10 @@
     python -m benchmarks.cost.compiled [--models resnet20 vit gpt] [--rounds 40] [--device cuda]
 
 Graphs are those of the first 41 steps, in the last of which H_A learns for the second time; "again" is what
-the 45 steps after them, in which it learns once more, compile: on batches of 8, which compile alike. Breaks are
-counted by Dynamo. Then steps of compiled AdamW, of KF-BFGS on the compiled model and on the model as it is take
-turns on whole batches: a ratio is the median over the rounds of a step's time over another's in the same round,
-of steps in which nothing is learnt, and apart of those that learn, here each tenth.
+the 45 steps after them, in which it learns once more, compile: on batches of 8, which compile alike. Breaks
+are counted by Dynamo. Then steps of compiled AdamW, of KF-BFGS on the compiled model and on the model as it
+is take turns on whole batches: a ratio is the median over the rounds of a step's time over another's in the
+same round, of steps in which nothing is learnt, and apart of those that learn, here each tenth.
 """
 
 import argparse
