@@ -144,10 +144,9 @@ class After(Hook):
         recorder = self.recorder()
         if recorder is None or torch.compiler.is_exporting():
             return None
-        a, compiled = args[0] if args else next(iter(kwargs.values())), torch.compiler.is_compiling()
-        if recorder.spec is not None and torch.is_grad_enabled():
-            self.slot.in_graph = compiled
-        if not compiled:
+        a = args[0] if args else next(iter(kwargs.values()))
+        if not torch.compiler.is_compiling():
+            self.slot.in_graph &= recorder.spec is None or not torch.is_grad_enabled()
             return observe(recorder, self.slot, a, h)
         if not h.numel():
             recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
@@ -167,5 +166,5 @@ def _start(recorder: Any, model: nn.Module, compiled: bool) -> None:
 
 @torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
 def _observe(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Any:
-    recorder.breaks |= {f"broken at every layer: {_SAMPLED}"}
+    recorder.breaks |= {f"broken at every layer: {_SAMPLED}"}  # and not said of each
     return observe(recorder, slot, a, h)

@@ -85,7 +85,7 @@ def traced(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
         return None
     call = call_of(spec, layer, a, h)
     slot.reduce(call, slot.seen)
-    slot.seen = (*slot.seen, call)
+    slot.seen, slot.in_graph = (*slot.seen, call), True
     if not with_gradients:
         return None
     return (h.to(layer.dtype) + layer.along_outputs(slot.probe)).to(h.dtype)
