@@ -82,6 +82,7 @@ class Kronecker(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], Tensor | None] | None) -> Tensor | None: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:
         """One step: a pass, the update of the weights, the update of curvature.
@@ -211,14 +212,13 @@ class Kronecker(torch.optim.Optimizer):
         smallest; 0 for a method without). Now: the Frobenius norm of every factor. The entry ``""`` has
         ``refused``, how many steps were refused because a loss or gradient was not finite.
 
-        With ``lr="auto"`` it also has ``rate``, the share of a usual initialisation's norm that layers move
-        by, and ``rejected``, 0: how many steps were taken back, which an earlier version did.
+        With ``lr="auto"`` also ``rate``, the share of a usual norm that layers move by, and ``rejected``, 0.
         """
         return diagnostics.report(self.training)
 
     def plan(self) -> str:
-        """A table of what happens to every trainable parameter: its rule, its shape, its factors' bytes."""
-        return self._groups.plan(self.training.states.bytes)
+        """A table of what happens to every trainable parameter, and what compiled code has left out yet."""
+        return self._groups.plan(self.training.states.bytes, self.training.recorder.not_in_graphs())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from cases import Checkpointed, batches, mixer, mlp, odd_cnn, recurrent
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 import kfqn
 
@@ -32,6 +34,7 @@ MAKERS = {
 @pytest.fixture
 def fresh():
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
 
@@ -221,10 +224,82 @@ def test_weights_go_ahead_and_come_back(graphs):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_is_computed_again_in_the_backward_pass_breaks_the_graph_where_it_is_looked_at(name, graphs):
-    runs = in_both(MAKERS[name], Checkpointed(odd_cnn()), graphs, fullgraph=False)
-    counts = alike(runs, graphs, batches((2, 6, 6), 60)[:-1])
-    assert counts[-1] == counts[41]
+def test_what_is_computed_again_in_the_backward_pass_is_in_the_graph(name, graphs):
+    make = partial(MAKERS[name], curvature_interval=3)
+    runs = in_both(make, Checkpointed(odd_cnn()), graphs)
+    counts = alike(runs, graphs, batches((2, 6, 6), 20)[:-1])
+    assert counts[-1] == counts[8]
+    assert "compiled" not in runs[3].plan()
+
+
+def blocks():
+    """Blocks of one class, as those of transformers."""
+    return nn.Sequential(nn.Linear(5, 8), *(Whole(nn.Linear(8, 8)) for _ in range(3)), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_blocks_are_compiled(wrapped, graphs):
+    """All blocks share their graphs; ``plan`` names the layers beside them."""
+    model, make = blocks(), partial(kfqn.KFBFGS, curvature_interval=3)
+    twin = copy.deepcopy(model)
+    for name, block in twin.named_children():
+        if isinstance(block, Whole) and wrapped:
+            setattr(twin, name, torch.compile(block, backend=graphs, fullgraph=True))
+        elif isinstance(block, Whole):
+            block.compile(backend=graphs, fullgraph=True)
+    optimizer, theirs = make(model), make(twin)
+    assert "compiled" not in theirs.plan()
+    counts = alike((model, optimizer, twin, theirs), graphs, batches((5,), 14)[:-1], loop)
+    assert counts[-1] == counts[4] <= 3
+    *_, told = theirs.plan().splitlines()
+    assert told.startswith("compiled code: run by eager code")
+    assert told.endswith(": 0, 4")
+    assert "compiled" not in optimizer.plan()
+
+
+def test_the_plan_says_what_broke_graphs(graphs):
+    model, ((x, target), *_) = odd_cnn(), batches((2, 6, 6), 1)
+    optimizer, compiled = kfqn.KFLBFGS(model), torch.compile(model, backend=graphs)
+    loop(compiled, optimizer, x, target)
+    assert "compiled code: broken before the model: a second pass without a closure" in optimizer.plan()
+    kfac = kfqn.KFAC(twin := odd_cnn(), lr=0.1, damping=1.0)
+    with_closure(torch.compile(twin, backend=graphs), kfac, x, target)
+    assert "compiled code: broken at every layer: what KFAC learns" in kfac.plan()
+
+
+def test_a_step_that_is_compiled_as_a_whole(graphs):
+    """It breaks where torch's own do, around backward and step; nothing of ours is compiled apart."""
+    model, make = mlp(), partial(kfqn.KFBFGS, curvature_interval=3)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    step = torch.compile(loop, backend=graphs)
+    for x, target in batches((5,), 10)[:-1]:
+        found, expected = step(twin, theirs, x, target), loop(model, optimizer, x, target)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    counted = counters["graph_break"]
+    assert not any("recompile_limit" in reason or "kfqn.passes" in reason for reason in counted)
+    assert graphs.frame_count <= 12
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_compiled_model_in_data_parallel_is_whole(graphs):
+    """Also where the optimizer was given the model inside, and finds out by itself."""
+    model, make = Whole(odd_cnn()), partial(kfqn.KFBFGS, curvature_interval=3)
+    twin = copy.deepcopy(model)
+    optimizer, theirs = make(model), make(twin)
+    wrapped = DistributedDataParallel(torch.compile(twin, backend=graphs, fullgraph=True))
+    counts = alike((model, optimizer, wrapped, theirs), graphs, batches((2, 6, 6), 14)[:-1], loop)
+    assert counts[-1] == counts[4]
+    assert theirs.training.states.process_group is wrapped.process_group
+    assert not counters["graph_break"]
 
 
 def test_gradients_from_autograd_grad_are_learnt_from(graphs):

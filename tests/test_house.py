@@ -39,6 +39,7 @@ ORDER = [
     "passes.gate",
     "passes.spec",
     "passes.traced",
+    "passes.eager",
     "passes.hooks",
     "passes.recorder",
     "runtime.ranks",

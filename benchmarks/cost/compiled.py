@@ -1,12 +1,12 @@
 """What compiling a model leaves of it: graphs, breaks, what is compiled again, and the time of a step.
 
-    python -m benchmarks.cost.compiled [--models resnet20 vit gpt] [--rounds 60] [--device cuda]
+    python -m benchmarks.cost.compiled [--models resnet20 vit gpt] [--rounds 40] [--device cuda]
 
 Graphs are those of the first 41 steps, in the last of which H_A learns for the second time; "again" is what
-the 45 steps after them, in which it learns once more, compile. Breaks are counted by Dynamo. Then steps of
-compiled AdamW, of KF-BFGS on the compiled model and on the model as it is take turns: a ratio is the median
-over the rounds of a step's time over another's in the same round, of steps in which nothing is learnt, and
-apart of those that learn.
+the 45 steps after them, in which it learns once more, compile: on batches of 8, which compile alike. Breaks
+are counted by Dynamo. Then steps of compiled AdamW, of KF-BFGS on the compiled model and on the model as it
+is take turns on whole batches: a ratio is the median over the rounds of a step's time over another's in the
+same round, of steps in which nothing is learnt, and apart of those that learn, here each tenth.
 """
 
 import argparse
@@ -28,26 +28,27 @@ from benchmarks.timing import in_turn, show_conditions, versions
 from kfqn.race.problems.resnet import resnet20
 from kfqn.race.problems.transformers import CharacterGPT, VisionTransformer
 
-WARM_UP, MORE = 41, 45
+WARM_UP, MORE, EVERY = 41, 45, 10
 Loss = Callable[[Callable[..., Any]], Tensor]
 
 
-def images(side: int, m: int, device: torch.device) -> Loss:
+def images(side: int, device: torch.device, m: int) -> Loss:
     """Cross-entropy on images that are noise."""
     x, y = torch.randn(m, 3, side, side, device=device), torch.randint(10, (m,), device=device)
     return lambda net: F.cross_entropy(net(x), y)
 
 
-def characters(m: int, device: torch.device) -> Loss:
+def characters(device: torch.device, m: int) -> Loss:
     """The same of the next of 64 characters."""
     x = torch.randint(101, (m, 65), device=device)
     return lambda net: F.cross_entropy(net(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
 
-MODELS: Mapping[str, tuple[str, Callable[[], nn.Module], Callable[[torch.device], Loss]]] = {
-    "resnet20": ("ResNet-20, batch 128", partial(resnet20, 10), partial(images, 32, 128)),
-    "vit": ("ViT, 3 blocks of 64, batch 128", partial(VisionTransformer, 10), partial(images, 16, 128)),
-    "gpt": ("GPT, 3 blocks of 96, batch 48", partial(CharacterGPT, 101), partial(characters, 48)),
+Data = Callable[[torch.device, int], Loss]
+MODELS: Mapping[str, tuple[str, int, Callable[[], nn.Module], Data]] = {
+    "resnet20": ("ResNet-20", 128, partial(resnet20, 10), partial(images, 32)),
+    "vit": ("ViT, 3 blocks of 64", 128, partial(VisionTransformer, 10), partial(images, 16)),
+    "gpt": ("GPT, 3 blocks of 96", 48, partial(CharacterGPT, 101), characters),
 }
 
 
@@ -90,32 +91,35 @@ def ratio(found: Mapping[str, list[tuple[float, bool]]], name: str, to: str, lea
     return f"{statistics.median(ratios):.2f}" if ratios else "–"
 
 
-def show(name: str, rounds: int, device: torch.device, backend: str) -> None:
+def show(name: str, rounds: int, device: torch.device, backend: str, m: int | None) -> None:
     """One line of a table."""
-    title, build, data = MODELS[name]
+    title, usual, build, data = MODELS[name]
     torch.manual_seed(0)
     torch.compiler.reset()
     counters.clear()
-    model, loss_of = build().to(device), data(device)
-    graphs, twins = CompileCounterWithBackend(backend), [copy.deepcopy(model) for _ in range(2)]
-    adamw = torch.optim.AdamW(twins[0].parameters(), lr=1e-4)
-    ours = Run(model, torch.compile(model, backend=graphs), kfqn.KFBFGS(model), loss_of, device)
-    told = graphs_of(ours, graphs)
+    model, graphs = build().to(device), CompileCounterWithBackend(backend)
+    counted, eager, adamw, ours = (copy.deepcopy(model) for _ in range(4))
+    few = Run(counted, torch.compile(counted, backend=graphs), kfqn.KFBFGS(counted), data(device, 8), device)
+    told = graphs_of(few, graphs)
+    torch.compiler.reset()
+    loss_of, make = data(device, m or usual), partial(kfqn.KFBFGS, curvature_interval=EVERY)
+    compiled = partial(torch.compile, backend=backend)
     runs = {
-        "compiled": ours,
-        "eager": Run(twins[1], twins[1], kfqn.KFBFGS(twins[1]), loss_of, device),
-        "AdamW": Run(twins[0], torch.compile(twins[0], backend=backend), adamw, loss_of, device),
+        "compiled": Run(ours, compiled(ours), make(ours), loss_of, device),
+        "eager": Run(eager, eager, make(eager), loss_of, device),
+        "AdamW": Run(adamw, compiled(adamw), torch.optim.AdamW(adamw.parameters(), lr=1e-4), loss_of, device),
     }
-    found = in_turn({name: run.step for name, run in runs.items()}, rounds, warm_up=3)
+    found = in_turn({name: run.step for name, run in runs.items()}, rounds, warm_up=EVERY + 2)
     columns = [ratio(found, "compiled", to, learnt) for learnt in (False, True) for to in ("AdamW", "eager")]
-    print(f"| {title} | {told} | " + " | ".join(columns) + " |", flush=True)
+    print(f"| {title}, batch {m or usual} | {told} | " + " | ".join(columns) + " |", flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--batch", type=int, help="of how many data, instead of each model's usual number")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--threads", type=int, default=1)
@@ -125,7 +129,7 @@ def main() -> None:
     print("| | compiled code | × compiled AdamW | × eager KF-BFGS | learning: × AdamW | × eager |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in given.models:
-        show(name, given.rounds, given.device, given.backend)
+        show(name, given.rounds, given.device, given.backend, given.batch)
 
 
 if __name__ == "__main__":

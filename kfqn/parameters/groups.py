@@ -210,7 +210,7 @@ class Groups:
         self.fallback.param_groups = [self.param_groups[place] for place in self.fallback_places]
         self.fallback.state = self.state
 
-    def plan(self, size: Callable[[Layer], int]) -> str:
+    def plan(self, size: Callable[[Layer], int], not_in_graphs: Sequence[str]) -> str:
         """A table of what happens to every trainable parameter: see `Kronecker.plan`."""
         reshard(self.model)
         names = {p: name for name, p in self.model.named_parameters()}
@@ -229,4 +229,5 @@ class Groups:
                 lr = f"{self.param_groups[place].get('lr', math.nan):g}"
                 lines.append((names[p], type(self.fallback).__name__, shape, lr, "–"))
         widths = [max(len(line[column]) for line in lines) for column in range(5)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([*table, *(f"compiled code: {told}" for told in not_in_graphs)])

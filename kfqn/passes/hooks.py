@@ -10,8 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from kfqn.passes.eager import observe
 from kfqn.passes.traced import Slot, traced
-from kfqn.runtime.private import in_jit_trace, in_transform
+from kfqn.runtime.private import also_where_checkpointed, in_jit_trace, in_transform
 
 _STARTS = "a second pass without a closure starts as the first did: give step a closure"
 _SAMPLED = "what KFAC learns from gradients of single data cannot be traced"
@@ -84,8 +85,10 @@ class Before(Hook):
             iterates.go_ahead()
         if self.whole:
             recorder.ran = recorder.ran or compiled
-            if recorder.starts or not compiled:
-                _start(recorder, module)
+            if recorder.meets or not compiled:
+                recorder.meet()
+            if recorder.starts.matter:
+                _start(recorder, module, compiled)
 
 
 def _lend(recorder: Any, module: nn.Module) -> None:
@@ -143,20 +146,25 @@ class After(Hook):
             return None
         a = args[0] if args else next(iter(kwargs.values()))
         if not torch.compiler.is_compiling():
-            return recorder.observe(self.slot, a, h)
+            self.slot.in_graph &= recorder.spec is None or not torch.is_grad_enabled()
+            return observe(recorder, self.slot, a, h)
         if not h.numel():
             recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
             return None
         if recorder.spec is None:
             return None
-        return (traced if recorder.spec.linear else _observe)(recorder, self.slot, a, h)
+        if not recorder.spec.linear:
+            return _observe(recorder, self.slot, a, h)
+        return also_where_checkpointed(traced, recorder, self.slot, a, h)
 
 
 @torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
-def _start(recorder: Any, model: nn.Module) -> None:
+def _start(recorder: Any, model: nn.Module, compiled: bool) -> None:
+    recorder.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
     recorder.start(model)
 
 
 @torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
 def _observe(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Any:
-    return recorder.observe(slot, a, h)
+    recorder.breaks |= {f"broken at every layer: {_SAMPLED}"}  # and not said of each
+    return observe(recorder, slot, a, h)

@@ -111,10 +111,7 @@ class LayerRecord:
 
     def h(self) -> Tensor:
         """The mean over data and locations of what ``h`` was reduced to, itself such a mean."""
-        return self._sum(
-            lambda call: _known(call.h),
-            lambda call: self._share_of_data(call) * self._share_of_locations(call),
-        )
+        return self.mean(lambda call: _known(call.h))
 
     def Dh(self) -> Tensor:
         """The same of the gradient, each a mean over its micro-batch with a factor of its m, or m².

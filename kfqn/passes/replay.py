@@ -5,10 +5,11 @@ they held, or the loss after a step would differ from that before it without any
 """
 
 import contextlib
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,29 @@ def start_of(model: nn.Module, devices: Iterable[torch.device]) -> Rewind:
             each()
 
     return rewind
+
+
+@final
+class Starts:
+    """Where passes through the model start: without a closure, second passes repeat them in turn."""
+
+    def __init__(self) -> None:
+        self.kept = False  # whether that of the next pass is kept
+        self.repeated = list[Rewind]()  # the starts of the passes that come next
+        self.last: tuple[int, Rewind] | None = None  # that of the pass that runs, and its number
+        self._numbers = itertools.count()
+
+    @property
+    def matter(self) -> bool:
+        """Whether anything is to be kept, or put back, where the next pass starts."""
+        return self.kept or bool(self.repeated)
+
+    def begin(self, model: nn.Module, devices: Iterable[torch.device]) -> None:
+        """A pass starts."""
+        if self.repeated:
+            self.repeated.pop(0)()
+        elif self.kept:
+            self.last = next(self._numbers), start_of(model, devices)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ runs in the backward pass but what torch does with a leaf.
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -23,23 +24,25 @@ class Slot:
     """One layer as hooks see it; ``recorder`` is told when a gradient has come to the probe.
 
     ``seen`` are calls of compiled code whose gradients have not come, ``before`` those of them that gradients
-    were cleared after; ``open`` are such calls of eager code.
+    were cleared after; ``open`` are such calls of eager code. ``in_graph`` says whether compiled code ran the
+    layer when something was last kept of a pass.
     """
 
     def __init__(self, recorder: Any, layer: Layer) -> None:
         self.recorder, self.layer = weakref.ref(recorder), layer
         self.open: weakref.WeakSet[Call] = weakref.WeakSet()
         self.seen, self.before = tuple[Call, ...](), tuple[Call, ...]()
+        self.in_graph = False
         self.reduced: InputReduction | None = None
         self.probe = torch.empty(0)
 
     def prepare(self, spec: PassSpec) -> None:
         """A pass may be recorded next."""
-        layer, probe, slot = self.layer, self.probe, weakref.ref(self)
+        layer, probe = self.layer, self.probe
         self.reduced = spec.reduced.get(layer)
         if not probe.numel() or (probe.device, probe.dtype) != (layer.weight.device, layer.dtype):
             self.probe = layer.empty().new_zeros(layer.outputs).requires_grad_()
-            self.probe.register_post_accumulate_grad_hook(lambda _: _arrived(slot()))
+            self.probe.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self)))
 
     def forget(self) -> None:
         """Drop what was seen."""
@@ -64,7 +67,10 @@ class Slot:
             call.a = call.a if call.reduced is None else None
 
 
-def _arrived(slot: Slot | None) -> None:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _arrived(reference: weakref.ref[Slot], probe: Tensor) -> None:
+    """Not to be compiled for every layer where a whole step is compiled, and with it what backward runs."""
+    slot = reference()
     recorder = slot.recorder() if slot is not None else None
     if recorder is not None:
         recorder.take_from(slot)
@@ -79,7 +85,7 @@ def traced(recorder: Any, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
         return None
     call = call_of(spec, layer, a, h)
     slot.reduce(call, slot.seen)
-    slot.seen = (*slot.seen, call)
+    slot.seen, slot.in_graph = (*slot.seen, call), True
     if not with_gradients:
         return None
     return (h.to(layer.dtype) + layer.along_outputs(slot.probe)).to(h.dtype)

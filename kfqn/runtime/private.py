@@ -3,12 +3,17 @@
 Where torch renames one, what is given here in its place is right for all but what is said beside it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+_ALLOWS: Any = getattr(torch._dynamo.utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
 
 
 def in_transform() -> bool:
@@ -66,6 +71,14 @@ def have_hooks_noticed() -> None:
     if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
         dynamo.config.skip_nnmodule_hook_guards = False
         getattr(dynamo, "reset_code_caches", dynamo.reset)()
+
+
+def also_where_checkpointed(function: Callable[..., T], *given: Any) -> T:
+    """The function of what is given, in whose traces Dynamo lets what it assigns leave a checkpointed part.
+
+    It is run once then, and not again in the backward pass. Without it: a break at each checkpointed part.
+    """
+    return function(*given) if _ALLOWS is None else _ALLOWS(function, *given)
 
 
 def version(x: Tensor) -> int:
