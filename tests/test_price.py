@@ -47,7 +47,8 @@ AUTOMATIC = {"lr": "auto"}
 # Everything but the passes: at most 8 % of SGD's step on All-CNN-C, 10 % on VGG16 with small factors; a
 # second pass without weight gradients is at most 0.67 of a first. (VGG16's head of 4096 × 4096 weights
 # costs no more than its products with a and Dh; hence 128 there, as 256 makes 13 %. An automatic step has one
-# pass and a direction that is orthogonalised; one that is learnt from also makes A, of some of the data.)
+# pass and a direction that is orthogonalised; one in forty, that is learnt from, also makes A, of some of the
+# data: at most a fifth of SGD's step on ResNet-20, whose factors of 577 rows are whole.)
 @pytest.mark.parametrize(
     ("make", "m", "settings", "most", "most_between"),
     [
@@ -55,10 +56,10 @@ AUTOMATIC = {"lr": "auto"}
         (lambda: resnet20(10), 256, {}, 1.72, 1.02),
         (lambda: vgg16(10), 128, {"max_factor_size": 128}, 1.77, 1.10),
         (lambda: vgg16(10), 128, {"max_factor_size": 256}, 1.81, 1.14),
-        (lambda: all_cnn_c(10), 256, AUTOMATIC, 1.05, 1.02),
-        (lambda: resnet20(10), 256, AUTOMATIC, 1.05, 1.02),
+        (lambda: all_cnn_c(10), 256, AUTOMATIC, 1.07, 1.02),
+        (lambda: resnet20(10), 256, AUTOMATIC, 1.20, 1.02),
         (lambda: vgg16(10), 128, AUTOMATIC | {"max_factor_size": 128}, 1.15, 1.11),
-        (lambda: vgg16(10), 128, AUTOMATIC, 1.25, 1.23),
+        (lambda: vgg16(10), 128, AUTOMATIC, 1.29, 1.23),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else None,
 )
@@ -113,10 +114,13 @@ def peak_bytes(step):
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("interval", [1, 10], ids=["whole", "for the loss alone"])
+@pytest.mark.parametrize(("interval", "most"), [(1, 1.2), (10, 1.1)], ids=["that learns", "between"])
 @pytest.mark.parametrize("method", [kfqn.KFBFGS, kfqn.KFLBFGS])
-def test_a_step_with_a_second_pass_peaks_where_sgds_does(method, interval):
-    """It holds neither inputs nor a copy of the parameters: with either it is at 1.4 times as much."""
+def test_a_step_peaks_where_sgds_does(method, interval, most):
+    """It holds neither inputs nor a copy of the parameters: with either it is at 1.4 times as much.
+
+    One that learns holds A of each layer, which with whole factors is 15 % of SGD's peak on so small a net.
+    """
     torch.manual_seed(0)
     model = all_cnn_c(10, width=16)
     unwatched = copy.deepcopy(model)
@@ -127,7 +131,7 @@ def test_a_step_with_a_second_pass_peaks_where_sgds_does(method, interval):
     for _ in range(2):
         optimizer.step(ours)
         sgd.step(theirs)
-    assert peak_bytes(lambda: optimizer.step(ours)) < 1.1 * peak_bytes(lambda: sgd.step(theirs))
+    assert peak_bytes(lambda: optimizer.step(ours)) < most * peak_bytes(lambda: sgd.step(theirs))
 
 
 @pytest.mark.parametrize("lr", [0.1, "auto"])
