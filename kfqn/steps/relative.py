@@ -15,7 +15,7 @@ from kfqn.parameters.layers import Layer
 from kfqn.steps.rule import Members, Proposal, StepRule
 
 SHARE = 0.06  # of √(I/3), the norm of a usual initialisation with I outputs, that a layer moves by
-HELD = 100  # steps before the share begins to fall
+HELD = 30  # steps before the share begins to fall
 POWER = 1 / 3  # with which power of the steps it falls
 
 
