@@ -376,7 +376,7 @@ class WithoutRate(Algorithm2):
         self.frozen |= self.lr < self.last_lr
         self.last_lr = self.lr
         if not self.frozen:
-            self.fall = min(1.0, (100 / self.steps) ** (1 / 3))
+            self.fall = min(1.0, (30 / self.steps) ** (1 / 3))
         share = min(1.0, 8 / (self.steps + 7) / self.lr) if self.lr else 1.0
         for i, W in enumerate(self.W):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
