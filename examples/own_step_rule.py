@@ -30,7 +30,7 @@ class ShareOfTheNorm(StepRule):
         for group, _ in members:
             note(group, steps=group["progress"]["steps"] + 1)
 
-    def rate(self, group: Group) -> float:
+    def rate(self, group: Group, layer: Layer) -> float:
         return self.share * float(group["lr"]) / math.sqrt(max(1, group["progress"]["steps"]))
 
     def scale(self, group: Group) -> float:
@@ -43,7 +43,7 @@ class ShareOfTheNorm(StepRule):
         return {"steps": 0}
 
     def report(self, members: Members) -> dict[str, float]:
-        return {"rate": self.rate(members[0].group)}
+        return {"rate": self.rate(members[0].group, members[0].layers[0])}
 
 
 def main(epochs: int = 3) -> float:

@@ -86,10 +86,9 @@ class Training:
         """The parts of a layer's group."""
         return self.chosen[self.groups.places[layer]]
 
-    def rates(self) -> dict[int, float]:
-        """α of every group of layers, by its place."""
-        groups = self.groups.param_groups
-        return {place: parts.steps.rate(groups[place]) for place, parts in self.chosen.items()}
+    def rate(self, layer: Layer) -> float:
+        """α of a layer."""
+        return self.of(layer).steps.rate(self.groups.of(layer), layer)
 
     def inputs(self, layer: Layer) -> Inputs:
         """The layer's inputs as H_A acts on them, cut into blocks where A would be too large."""

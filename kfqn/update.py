@@ -48,11 +48,7 @@ def propose(
     read = {key: [*itertools.islice(numbers, size)] for key, size in sizes.items()}
     for layer in [layer for layer in directions if layer.sharded]:
         read[layer][1:] = map(math.sqrt, read[layer][1:])
-    rates = training.rates()
-    proposals = {
-        layer: proposal(layer, rates[training.groups.places[layer]], P, *read[layer])
-        for layer, P in directions.items()
-    }
+    proposals = {x: proposal(x, training.rate(x), P, *read[x]) for x, P in directions.items()}
     return proposals, read.get(None, [])
 
 
@@ -158,13 +154,10 @@ def take(training: Training, layers: Sequence[Layer], proposals: Mapping[Layer, 
     for group in groups.own():
         note(group, k=group["progress"]["k"] + bool(layers))
     keep_averages(training, [layer for layer in layers if training.states.owns(layer)])
-    rates = training.rates()
+    rates = {layer: training.rate(layer) for layer in proposals}
     for layer, own in proposals.items():
-        _apply(training, layer, own, rates[groups.places[layer]], shares[layer])
-    _note_steps(
-        training,
-        {x: rates[groups.places[x]] * shares[x] * own.norm for x, own in proposals.items()},
-    )
+        _apply(training, layer, own, rates[layer], shares[layer])
+    _note_steps(training, {x: rates[x] * shares[x] * own.norm for x, own in proposals.items()})
     _step_fallback(training)
     training.iterates.stepped = True
 

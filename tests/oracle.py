@@ -376,14 +376,15 @@ class WithoutRate(Algorithm2):
         self.frozen |= self.lr < self.last_lr
         self.last_lr = self.lr
         if not self.frozen:
-            self.fall = min(1.0, (30 / self.steps) ** (1 / 3))
+            self.fall = min(1.0, (100 / self.steps) ** (1 / 3))
         share = min(1.0, 8 / (self.steps + 7) / self.lr) if self.lr else 1.0
         for i, W in enumerate(self.W):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
             DW = sum(torch.outer(D, v) for D, v in pairs) / len(x)
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
             g = self.beta * self.average[i] + (1 - self.beta) * DW
-            rate = 0.06 * self.lr * self.fall
+            offsets = layers(self.net)[i].weight[0, 0].numel()
+            rate = (0.06 if offsets > 1 else 0.03) * self.lr * self.fall
             P = math.sqrt(len(W) / 3) * self.even(g @ self.root(i))
             self.W[i] = W - rate * (self.shrinkage * W + P)
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])

@@ -47,8 +47,8 @@ def moves(model, optimizer, data):
 
 
 def lengths(optimizer):
-    """0.06 √(I/3) of every layer."""
-    return [0.06 * math.sqrt(len(layer.modules[0].weight) / 3) for layer in optimizer.layers]
+    """0.03 √(I/3) of every layer, which are `Linear`."""
+    return [0.03 * math.sqrt(len(layer.modules[0].weight) / 3) for layer in optimizer.layers]
 
 
 # --- the whole method ----------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_thirty_steps_are_those_of_the_description(bias, weight_decay):
 
 
 @pytest.mark.usefixtures("double")
-def test_while_steps_fall_and_under_a_schedule_too():
+def test_beyond_a_hundred_steps_and_under_a_schedule_too():
     model, data = mlp().double(), batches((5,), 131, size=3)
     reference = oracle.WithoutRate(model, F.cross_entropy)
     optimizer = kfqn.KFBFGS(model)
@@ -89,7 +89,18 @@ def test_while_steps_fall_and_under_a_schedule_too():
         schedule.step()
         for layer, average in zip(optimizer.layers, reference.x, strict=True):
             torch.testing.assert_close(layer.W().detach(), average, rtol=1e-8, atol=1e-10)
-    assert reference.fall == (30 / 115) ** (1 / 3)
+    assert reference.fall == (100 / 115) ** (1 / 3)
+
+
+@pytest.mark.usefixtures("double")
+def test_convolutions_move_by_twice_the_share_of_layers_with_one_offset():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(24, 3))
+    optimizer = kfqn.KFBFGS(model, parts=LATEST, weight_decay=0.0)
+    data = batches((3, 4, 4), 2)
+    train(model, optimizer, data[:1])
+    (moved,) = moves(model, optimizer, data[1:])
+    shares = [m / math.sqrt(len(layer.weight) / 3) for m, layer in zip(moved, optimizer.layers, strict=True)]
+    assert shares == pytest.approx([0.06, 0.03, 0.03], rel=1e-9)
 
 
 def test_closures_are_called_once_and_no_second_pass_is_due():
@@ -130,20 +141,20 @@ def test_every_layer_moves_by_its_share(make, build):
     optimizer = make(model, parts=LATEST, weight_decay=0.0)
     for moved in moves(model, optimizer, batches(shape, 25)):
         assert moved == pytest.approx(lengths(optimizer), rel=1e-9)
-    assert optimizer.diagnostics()[""]["rate"] == 0.06
+    assert optimizer.diagnostics()[""]["rate"] == 0.03
 
 
 @pytest.mark.usefixtures("double")
-def test_steps_fall_with_the_third_root_after_thirty(make):
+def test_steps_fall_with_the_third_root_after_a_hundred(make):
     model, data = mlp(), batches((5,), 5)
     optimizer = make(model, parts=LATEST, weight_decay=0.0)
     train(model, optimizer, data[:1])
-    for k in (29, 30, 31, 800, 10**6):
+    for k in (99, 100, 101, 800, 10**6):
         note(optimizer.param_groups[0], steps=k - 1)
         (moved,) = moves(model, optimizer, data[1:2])
-        fall = min(1, (30 / k) ** (1 / 3))
+        fall = min(1, (100 / k) ** (1 / 3))
         assert moved == pytest.approx([fall * length for length in lengths(optimizer)], rel=1e-9)
-        assert optimizer.diagnostics()[""]["rate"] == pytest.approx(0.06 * fall)
+        assert optimizer.diagnostics()[""]["rate"] == pytest.approx(0.03 * fall)
 
 
 @pytest.mark.usefixtures("double")
@@ -164,7 +175,7 @@ def test_a_schedule_that_goes_down_freezes_the_fall_and_one_that_warms_up_does_n
         note(group, steps=k - 1)
         group["lr"] = lr
         (moved,) = moves(model, optimizer, data[1:])
-        share = lr * (30 / of) ** (1 / 3)
+        share = lr * (100 / of) ** (1 / 3)
         assert moved == pytest.approx([share * length for length in lengths(optimizer)], rel=1e-9)
 
 
@@ -244,7 +255,7 @@ def test_weights_shrink_by_the_rate_times_the_decay(make):
         optimizer = make(net, weight_decay=decay, parts=LATEST)
         optimizer.param_groups[0]["lr"] = 0.5
         train(net, optimizer, data)
-    torch.testing.assert_close(weights(model) - weights(twin), 0.06 * 0.5 * 0.1 * before)
+    torch.testing.assert_close(weights(model) - weights(twin), 0.03 * 0.5 * 0.1 * before)
 
 
 # --- groups and other parameters ------------------------------------------------------------------------
@@ -263,7 +274,7 @@ def test_groups_have_lengths_and_falls_of_their_own(make):
     of = {layer.name: optimizer.training.groups.of(layer) for layer in optimizer.layers}
     of["0"]["lr"] = 0.5
     train(model, optimizer, data[:1])
-    note(of["2"], steps=239)
+    note(of["2"], steps=799)
     (moved,) = moves(model, optimizer, data[1:])
     found = {
         layer.name: m / a for layer, m, a in zip(optimizer.layers, moved, lengths(optimizer), strict=True)
@@ -297,7 +308,7 @@ def test_the_rate_of_other_parameters_falls_too_and_is_put_back(fails):
     fallback = optimizer.training.groups.fallback
     train(model, optimizer, data[:1])
     assert fallback.seen == [0.3]
-    note(ours, steps=239)
+    note(ours, steps=799)
     fallback.fails = fails
     if fails:
         with pytest.raises(ArithmeticError):
@@ -323,7 +334,7 @@ def test_a_batch_that_is_empty_for_the_layers_has_the_others_step_at_the_rate_th
     optimizer = kfqn.KFBFGS(model, others=lambda ps: Seen(ps, lr=0.3))
     fallback = optimizer.training.groups.fallback
     for x in (data[0][0], data[0][0][:0]):
-        note(optimizer.param_groups[0], steps=239)
+        note(optimizer.param_groups[0], steps=799)
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()

@@ -14,15 +14,16 @@ from kfqn.parameters.groups import Group, note
 from kfqn.parameters.layers import Layer
 from kfqn.steps.rule import Members, Proposal, StepRule
 
-SHARE = 0.06  # of √(I/3), the norm of a usual initialisation with I outputs, that a layer moves by
-HELD = 30  # steps before the share begins to fall
+SHARE = 0.06  # of √(I/3), the norm of a usual initialisation with I outputs, that a convolution moves by,
+POINTWISE = 0.5  # and of that share what a layer moves by whose filters have one offset, as `Linear`
+HELD = 100  # steps before the share begins to fall
 POWER = 1 / 3  # with which power of the steps it falls
 
 
 @final
 @dataclass(frozen=True)
 class RelativeSteps(StepRule):
-    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖.
+    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖, and less of `POINTWISE` layers.
 
     ``lr`` of a group is a factor, 1 unless a scheduler changes it. From the first step at which it is lower
     than at the one before, the schedule is in charge, and the last factor (held/k)^⅓ stays: ``fall`` in the
@@ -39,8 +40,9 @@ class RelativeSteps(StepRule):
             fall = progress["fall"] if scheduled else min(1.0, (self.held / k) ** POWER)
             note(group, steps=k, fall=fall, last_lr=lr, scheduled=scheduled)
 
-    def rate(self, group: Group) -> float:
-        return self.share * float(group["lr"]) * float(group["progress"]["fall"])
+    def rate(self, group: Group, layer: Layer) -> float:
+        share = self.share * (POINTWISE if layer.inputs.offsets == 1 else 1.0)
+        return share * float(group["lr"]) * float(group["progress"]["fall"])
 
     def scale(self, group: Group) -> float:
         return float(group["progress"]["fall"])
@@ -57,4 +59,7 @@ class RelativeSteps(StepRule):
         return {"steps": 0, "fall": 1.0, "last_lr": 0.0, "scheduled": False}
 
     def report(self, members: Members) -> dict[str, float]:
-        return {"rate": self.rate(members[0].group), "rejected": 0.0}  # no step is taken back
+        return {
+            "rate": self.rate(members[0].group, members[0].layers[0]),
+            "rejected": 0.0,
+        }  # no step is taken back

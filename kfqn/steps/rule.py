@@ -50,8 +50,8 @@ class StepRule(ABC):
         """A step is about to be taken: bring what is kept up to it."""
 
     @abstractmethod
-    def rate(self, group: Group) -> float:
-        """α of a group, which decoupled weight decay is a multiple of."""
+    def rate(self, group: Group, layer: Layer) -> float:
+        """α of a layer of this group, which decoupled weight decay is a multiple of."""
 
     @abstractmethod
     def scale(self, group: Group) -> float:
@@ -78,7 +78,7 @@ class FixedRate(StepRule):
     def begin(self, members: Members) -> None:
         """Nothing is kept."""
 
-    def rate(self, group: Group) -> float:
+    def rate(self, group: Group, layer: Layer) -> float:
         return float(group["lr"])
 
     def scale(self, group: Group) -> float:
@@ -88,7 +88,7 @@ class FixedRate(StepRule):
         shares: dict[Layer, float] = {}
         for group, layers in members:
             slopes = {layer: proposals[layer].slope for layer in layers if layer in proposals}
-            change, clip = self.rate(group) ** 2 * sum(slopes.values()), group["clip"]
+            change, clip = float(group["lr"]) ** 2 * sum(slopes.values()), group["clip"]
             clipped = clip is not None and change > clip
             shares |= dict.fromkeys(slopes, math.sqrt(clip / change) if clipped else 1.0)
         return shares
