@@ -102,7 +102,7 @@ def test_groups_of_a_convolution_are_cut_each():
     train(model, optimizer, [(torch.randn(9, 4, 5), torch.randint(3, (9,)))])
     moved = (optimizer.layers[1].W().detach() - before).unflatten(1, (3, 2))
     norms = torch.linalg.vector_norm(moved, dim=(0, 2, 3))
-    torch.testing.assert_close(norms, torch.full((3,), 0.03 * (12 / 3 / 3) ** 0.5))
+    torch.testing.assert_close(norms, torch.full((3,), 0.06 * (12 / 3 / 3) ** 0.5))
 
 
 def test_it_goes_on_to_the_bit_and_is_kept_with_the_state(tmp_path):

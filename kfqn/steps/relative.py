@@ -23,7 +23,9 @@ POWER = 1 / 3  # with which power of the steps it falls
 @final
 @dataclass(frozen=True)
 class RelativeSteps(StepRule):
-    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖, and less of `POINTWISE` layers.
+    """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖.
+
+    Half of it where filters have one offset (`POINTWISE`).
 
     ``lr`` of a group is a factor, 1 unless a scheduler changes it. From the first step at which it is lower
     than at the one before, the schedule is in charge, and the last factor (held/k)^⅓ stays: ``fall`` in the
