@@ -15,7 +15,7 @@ from kfqn.parameters.layers import Layer
 from kfqn.steps.rule import Members, Proposal, StepRule
 
 SHARE = 0.06  # of √(I/3), the norm of a usual initialisation with I outputs, that a convolution moves by,
-POINTWISE = 0.5  # and of that share what a layer moves by whose filters have one offset, as `Linear`
+POINTWISE = 2 / 3  # and of that share what a layer moves by whose filters have one offset, as `Linear`
 HELD = 100  # steps before the share begins to fall
 POWER = 1 / 3  # with which power of the steps it falls
 
@@ -25,7 +25,7 @@ POWER = 1 / 3  # with which power of the steps it falls
 class RelativeSteps(StepRule):
     """‖ΔW‖ = ``share`` · √(I/3) · ``lr`` · min(1, (``held``/k)^⅓), whatever ‖P‖.
 
-    Half of it where filters have one offset (`POINTWISE`).
+    Two thirds of it where filters have one offset (`POINTWISE`).
 
     ``lr`` of a group is a factor, 1 unless a scheduler changes it. From the first step at which it is lower
     than at the one before, the schedule is in charge, and the last factor (held/k)^⅓ stays: ``fall`` in the
