@@ -57,7 +57,7 @@ class KFBFGS(Kronecker):
         weight_decay: L2 regularisation: this times W is added to every gradient of a layer; of a bias it is
             this times ``bias_decay`` of its group, 1 unless groups give weights and biases different decays.
             With an automatic ``lr`` weights shrink instead by this times the share that layers move, at first
-            0.06 of convolutions and 0.03 of others. "auto" is 0.03 then, else 0.
+            0.06 of convolutions and 0.04 of others. "auto" is 0.03 then, else 0.
         decoupled_weight_decay: shrink W by lr × ``weight_decay`` before the step instead, as AdamW does, and
             as an automatic ``lr`` always does.
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to

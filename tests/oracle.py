@@ -384,7 +384,7 @@ class WithoutRate(Algorithm2):
             self.average[i] = self.beta * self.average[i] + (1 - self.beta) * DW
             g = self.beta * self.average[i] + (1 - self.beta) * DW
             offsets = layers(self.net)[i].weight[0, 0].numel()
-            rate = (0.06 if offsets > 1 else 0.03) * self.lr * self.fall
+            rate = (0.06 if offsets > 1 else 0.04) * self.lr * self.fall
             P = math.sqrt(len(W) / 3) * self.even(g @ self.root(i))
             self.W[i] = W - rate * (self.shrinkage * W + P)
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
