@@ -387,11 +387,3 @@ def test_inputs_in_blocks_have_roots_of_their_blocks():
     torch.testing.assert_close(state["A"], torch.stack([part.T @ part for part in parts]) / len(x))
     for H, A_b, lam in zip(state["H_A"], state["A"], state["lambda_A"], strict=True):
         torch.testing.assert_close(H, damped_root(A_b, lam))
-
-
-def test_factors_of_up_to_1024_rows_are_whole_and_larger_ones_in_blocks_of_at_most_256():
-    model = nn.Sequential(nn.Linear(1023, 2), nn.Linear(2, 1025), nn.Linear(1025, 3))
-    optimizer = kfqn.KFBFGS(model)
-    train(model, optimizer, [(torch.randn(4, 1023), torch.tensor([0, 1, 2, 0]))])
-    shapes = [tuple(optimizer.state[layer.weight]["H_A"].shape) for layer in model]
-    assert shapes == [(1024, 1024), (3, 3), (5, 206, 206)]

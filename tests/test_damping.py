@@ -111,20 +111,22 @@ def test_groups_choose_for_themselves(make):
 
 
 def test_wide_layers_have_their_factors_in_blocks_unless_the_rate_is_a_number(make):
-    def blocks_of(**settings):
-        model = nn.Sequential(nn.Linear(5, 600), nn.ReLU(), nn.Linear(600, 3))
+    def blocks_of(width=1200, **settings):
+        model = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
         optimizer = make(model, **settings)
         train(model, optimizer, batches((5,), 1))
         return optimizer.state[model[2].weight]["H_A"].shape
 
-    assert blocks_of() == (3, 201, 201)
-    assert blocks_of(damping=0.3) == (3, 201, 201)
-    assert blocks_of(lr=1.0) == blocks_of(max_factor_size=None) == (601, 601)
-    assert blocks_of(max_factor_size=601) == (601, 601)
-    assert blocks_of(max_factor_size=201, lr=1.0) == (3, 201, 201)
-    assert blocks_of(groups=[{"modules": "2", "lr": 1.0}]) == (601, 601)
-    assert blocks_of(groups=[{"modules": "2", "max_factor_size": 400}]) == (2, 301, 301)
-    assert blocks_of(lr=1.0, groups=[{"modules": "2", "lr": "auto"}]) == (3, 201, 201)
+    assert blocks_of() == (5, 241, 241)
+    assert blocks_of(1023) == (1024, 1024)
+    assert blocks_of(damping=0.3) == (5, 241, 241)
+    assert blocks_of(lr=1.0) == blocks_of(max_factor_size=None) == (1201, 1201)
+    assert blocks_of(max_factor_size=1201) == (1201, 1201)
+    assert blocks_of(600, max_factor_size=201, lr=1.0) == (3, 201, 201)
+    assert blocks_of(600, max_factor_size=201) == (3, 201, 201)
+    assert blocks_of(groups=[{"modules": "2", "lr": 1.0}]) == (1201, 1201)
+    assert blocks_of(groups=[{"modules": "2", "max_factor_size": 700}]) == (2, 601, 601)
+    assert blocks_of(lr=1.0, groups=[{"modules": "2", "lr": "auto"}]) == (5, 241, 241)
 
 
 def test_a_word_that_is_not_auto_is_an_error(make):

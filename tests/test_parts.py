@@ -157,7 +157,7 @@ def test_the_rule_of_the_page_is_that_of_the_example_and_trains():
     page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
     shown = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "StepRule" in block)
     example = (ROOT / "examples" / "own_step_rule.py").read_text(encoding="utf-8")
-    untyped = re.sub(r": (?:Members|Mapping\[[^=)]*?\]|Group)(?=[,)])", "", example)
+    untyped = re.sub(r": (?:Members|Mapping\[[^=)]*?\]|Group|Layer)(?=[,)])", "", example)
     untyped = re.sub(r" -> [^:\n]+:", ":", untyped)
     assert shown.split("\nclass ")[1].strip() in untyped
     command = [sys.executable, str(ROOT / "examples" / "own_step_rule.py")]

@@ -74,21 +74,27 @@ class Before(Hook):
         recorder, compiled = self.recorder(), torch.compiler.is_compiling()
         if recorder is None or torch.compiler.is_exporting():
             return
-        iterates = recorder.iterates
-        if not torch.is_grad_enabled():
-            if not (compiled or module.training) and iterates.ahead:
-                _lend(recorder, module)
-            return
-        if not compiled and module.training and iterates.lent:  # of a pass that was interrupted
-            iterates.give_back([*iterates.lent])
-        if iterates.behind and module.training and (compiled or not (in_transform() or in_jit_trace())):
-            iterates.go_ahead()
-        if self.whole:
+        if recorder.iterates is not None:
+            _choose_weights(recorder, module, compiled)
+        if self.whole and torch.is_grad_enabled():
             recorder.ran = recorder.ran or compiled
             if recorder.meets or not compiled:
                 recorder.meet()
             if recorder.starts.matter:
                 _start(recorder, module, compiled)
+
+
+def _choose_weights(recorder: Any, module: nn.Module, compiled: bool) -> None:
+    """z for a pass that trains, x for one that measures."""
+    iterates = recorder.iterates
+    if not torch.is_grad_enabled():
+        if not (compiled or module.training) and iterates.ahead:
+            _lend(recorder, module)
+        return
+    if not compiled and module.training and iterates.lent:  # of a pass that was interrupted
+        iterates.give_back([*iterates.lent])
+    if iterates.behind and module.training and (compiled or not (in_transform() or in_jit_trace())):
+        iterates.go_ahead()
 
 
 def _lend(recorder: Any, module: nn.Module) -> None:
@@ -127,7 +133,7 @@ class Saved(Hook):
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         recorder = self.recorder()
-        if recorder is not None:
+        if recorder is not None and recorder.iterates is not None:
             averages = recorder.iterates.averages_of(module)
             state_dict.update({prefix + name: x for name, x in averages.items()})
 
