@@ -34,7 +34,7 @@ from kfqn.race.problems.resnet import resnet20
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
-OTHER_SIZE = 512  # max_factor_size beside the default, 256
+OTHER_SIZE = 512  # max_factor_size beside the default, which cuts what has more than 1024 rows
 INTERVAL = 40  # the default curvature_interval
 WARM_UP = 2  # the first step sets up the state, the second warms caches
 *LEARNING, WITHOUT = KINDS = ("with a second pass", "with A learnt", "without learning")
