@@ -15,6 +15,7 @@ from torch import nn
 from kfqn.race import entrants
 from kfqn.race.entrants import ENTRANTS, grids, peers
 from kfqn.race.problems import DEVELOPMENT, PROBLEMS, burgers, text, transformers
+from kfqn.race.problems.convnext import ChannelNorm
 from kfqn.race.problems.data import Images
 from kfqn.race.problems.resnet import resnet
 from kfqn.race.problems.task import Size
@@ -78,6 +79,16 @@ def test_the_plain_network_is_six_convolutions_as_he_initialises_them():
     for m in convolutions[1:]:
         assert m.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * m.in_channels)), rel=0.1)
         assert not m.bias.any()
+
+
+def test_a_convnext_has_depthwise_filters_and_norms_over_channels():
+    model = PROBLEMS["cifar10-small-convnext"].network(4)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert [(m.groups, m.out_channels) for m in depthwise] == [(4, 4), (4, 4), (8, 8), (8, 8)]
+    x = torch.randn(2, 4, 3, 3)
+    expected = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(ChannelNorm(4)(x), expected)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
 def test_a_character_is_predicted_from_those_before_it_alone():

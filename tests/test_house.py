@@ -220,7 +220,7 @@ RACE_ORDER = [
     *("failure", "lookup", "cores", "process_group", "timing"),
     *(
         f"problems.{name}"
-        for name in ("measures", "task", "data", "cifar", "models", "resnet", "transformers")
+        for name in ("measures", "task", "data", "cifar", "models", "resnet", "convnext", "transformers")
     ),
     *(f"problems.{name}" for name in ("supervised", "text", "burgers", "networks", "registry", "own")),
     "problems",

@@ -66,6 +66,13 @@ def plain_cnn(classes: int, channels: int, width: int) -> "nn.Module":
     return plain_cnn(classes, channels, width)
 
 
+def convnext(classes: int, channels: int, width: int) -> "nn.Module":
+    """For images of 16×16 or more."""
+    from kfqn.race.problems.convnext import convnext
+
+    return convnext(classes, channels, width)
+
+
 def vision_transformer(classes: int, channels: int, width: int) -> "nn.Module":
     """For 16×16 images."""
     from kfqn.race.problems.transformers import VisionTransformer

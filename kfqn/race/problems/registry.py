@@ -208,6 +208,9 @@ DEVELOPMENT = {  # a task of each kind, at a scale where a run takes minutes
             "cifar100-small-plain", "CIFAR-100 at 16×16, plain CNN", 100, networks.plain_cnn, 16, epochs=3
         ),
         _on_small_cifar(
+            "cifar10-small-convnext", "CIFAR-10 at 16×16, ConvNeXt", 10, networks.convnext, 32, epochs=3
+        ),
+        _on_small_cifar(
             "cifar10-small-vit",
             "CIFAR-10 at 16×16, ViT",
             10,
