@@ -110,15 +110,15 @@ def _add_up_(parts: list[_Part], cuts: Sequence[Blocks | None], shared: Shared) 
 def _part(P: Tensor, cut: Blocks | None) -> _Part:
     if cut is None:
         pieces = P.reshape(P.shape[:-2].numel(), *P.shape[-2:])
-        return _Part(pieces, pieces.mT @ pieces, len(pieces) * P.shape[-1])
+        return _Part(pieces, torch.bmm(pieces.mT, pieces), len(pieces) * P.shape[-1])
     pieces = cut.split(P, -2).reshape(-1, cut.size, P.shape[-1])
-    return _Part(pieces, pieces @ pieces.mT, P.shape[:-1].numel())
+    return _Part(pieces, torch.bmm(pieces, pieces.mT), P.shape[:-1].numel())
 
 
 def _put_together(part: _Part, root: Tensor, cut: Blocks | None, P: Tensor) -> Tensor:
     if cut is None:
-        return (part.pieces @ root).view(P.shape)
-    pieces = root @ part.pieces
+        return torch.bmm(part.pieces, root).view(P.shape)
+    pieces = torch.bmm(root, part.pieces)
     return cut.join(pieces.view(*P.shape[:-2], cut.count, cut.size, P.shape[-1]), -2)
 
 

@@ -32,9 +32,9 @@ def inverse_root(S: Tensor, polynomials: int = len(POLYNOMIALS)) -> Tensor:
     for k, (a, b, c) in enumerate(POLYNOMIALS[first:]):
         factor = torch.baddbmm(left, left, left, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        root = root @ factor if k else factor
+        root = torch.bmm(root, factor) if k else factor
         if k + 1 < polynomials:
-            left = factor @ left @ factor
+            left = torch.bmm(torch.bmm(factor, left), factor)
     found: Tensor = root.view(S.shape) * (LARGEST[first] * size.rsqrt() * norm.rsqrt().view(size.shape))
     return found
 
