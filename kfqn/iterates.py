@@ -42,6 +42,7 @@ class Iterates:
         self.behind = False  # whether there is a z that the model does not hold
         self.awaited = False  # whether it has been put aside between a training pass and its step
         self.lent = dict[Averaged, None]()  # of which the model has x for the time being, and the state z
+        self._averaged = dict[int, list[Averaged]]()  # all there are, by the place of a group
         self._parameters = list[Tensor]()  # of which something is kept,
         self._statistics = list[tuple[nn.Module, str]]()  # and of which buffers,
         self._apart = list[Tensor]()  # and what, in this order
@@ -51,6 +52,7 @@ class Iterates:
         self.rules = {place: rule for place, rule in rules.items() if rule.averages}
         self.normalising = {m for m in self.groups.model.modules() if _keeps_statistics(m)}
         self.sharded = any(layer.sharded for layer in self.groups.layers)
+        self._averaged = {place: [*self._of_group(place)] for place in self.rules}
         self._prepare(ahead=any(group["progress"][KEY] for _, group in self._groups()))
 
     def go_ahead(self) -> None:
@@ -163,7 +165,7 @@ class Iterates:
     def _prepare(self, ahead: bool) -> None:
         """Where z is for the next training pass, unless the model holds it."""
         state = self.groups.state
-        found = [own for place, _ in self._groups() for own in self._averaged(place) if _is_kept(own, state)]
+        found = [own for place, _ in self._groups() for own in self._averaged[place] if _is_kept(own, state)]
         parameters = [own for own in found if own[2] is None]
         statistics = [own for own in found if own[2] is not None]
         self._parameters = [p for p, _, _ in parameters]
@@ -181,7 +183,7 @@ class Iterates:
         places = [place, *(self.groups.fallback_places if place == min(self.rules) else ())]
         return [p for at in places for p in self.groups.param_groups[at]["params"]]
 
-    def _averaged(self, place: int) -> Iterator[Averaged]:
+    def _of_group(self, place: int) -> Iterator[Averaged]:
         """All that is averaged with a group."""
         for p in self._weights(place):
             yield p, KEY, None
@@ -212,7 +214,7 @@ class Iterates:
     def _kept(self, place: int) -> tuple[list[Tensor], list[Tensor]]:
         """What is averaged and what is kept of it, which follows it to another type or device."""
         state = self.groups.state
-        found = [(_tensor(own), *own) for own in self._averaged(place) if _is_kept(own, state)]
+        found = [(_tensor(own), *own) for own in self._averaged[place] if _is_kept(own, state)]
         for x, p, key, _ in found:
             state[p][key] = state[p][key].to(x)
         return [local(x).data for x, _, _, _ in found], [local(state[p][key]) for _, p, key, _ in found]
@@ -224,10 +226,12 @@ class Iterates:
         gradients, most of which does not move.
         """
         state = self.groups.state
-        for own in self._averaged(place):
+        for own in self._averaged[place]:
             p, key, _ = own
-            x, dense = _tensor(own), p.grad is not None and not p.grad.is_sparse
-            if dense and not _is_kept(own, state) and min(p.element_size(), x.element_size()) >= 4:
+            if p.grad is None or p.grad.is_sparse or _is_kept(own, state):
+                continue
+            x = _tensor(own)
+            if min(p.element_size(), x.element_size()) >= 4:
                 state[p][key] = torch.zeros_like(x)
 
 
