@@ -72,7 +72,8 @@ class KFBFGS(Kronecker):
             most alike that are no larger; neighbouring channels stay together. None keeps factors whole;
             "auto" does so with a number for ``lr``, else with those of up to 1024 rows, and cuts larger ones
             into blocks of at most 256. Of more than 32768 rows none is kept whole, unless a larger number is
-            given.
+            given. Directions that are orthogonalised are cut alike where they have more rows and columns than
+            this, into blocks of at most half as many rows.
         groups: settings for some modules, each as for `add_param_group`. With an automatic rate
             ``"split": n`` says that the weights of these layers are n matrices in one, of as many outputs
             each, as of fused queries, keys and values, or of heads: each is orthogonalised and moves as a

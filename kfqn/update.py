@@ -15,7 +15,7 @@ from kfqn.formulas.orthogonal import of_own_layers
 from kfqn.formulas.rounding import rounded_at_random
 from kfqn.parameters.groups import Group, lasting, note
 from kfqn.parameters.layers import Layer, average_DW_
-from kfqn.parameters.settings import l2, shrinkage
+from kfqn.parameters.settings import l2, largest_block, shrinkage
 from kfqn.parameters.shards import local
 from kfqn.state import full_precision
 from kfqn.steps.direction import Direction
@@ -100,8 +100,9 @@ def _of_some(
         directions[layer] = training.curvature.direction(training, averages[layer], layer)
     alike: dict[tuple[Direction, int | None, int], list[Layer]] = {}
     for layer, group in groups.items():
-        how = training.of(layer).direction, group.get("max_factor_size"), group.get("split", 1)
-        alike.setdefault(how, []).append(layer)
+        split = group.get("split", 1)
+        largest = largest_block(group, min(layer.rows // split, layer.columns))
+        alike.setdefault((training.of(layer).direction, largest, split), []).append(layer)
     for (direction, largest, split), members in alike.items():
         given, cuts = [directions[layer] for layer in members], [layer.cut for layer in members]
         if split == 1:

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import kfqn
 from kfqn.formulas import orthogonal
 from kfqn.parameters.shards import Cut
 
@@ -150,3 +152,15 @@ def test_processes_that_have_some_rows_each_find_the_same(shape, largest, proces
     for own in shares:
         found(own, tell)
     torch.testing.assert_close(torch.cat([found(own, sums) for own in shares]), orthogonalised(P, largest))
+
+
+@pytest.mark.parametrize(("largest", "whole"), [("auto", True), (260, True), (None, True), (200, False)])
+def test_a_step_is_whole_where_a_thousand_rows_or_columns_are_not_exceeded(largest, whole):
+    """Beyond 256, that is, unless a number says less: then blocks of rows are alike only among themselves."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(700, 260, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = kfqn.KFBFGS(model, max_factor_size=largest, weight_decay=0.0)
+    optimizer.step(kfqn.closure(model, torch.randn(900, 700), torch.randn(900, 260), F.mse_loss))
+    values = torch.linalg.svdvals(model.weight.detach() - before)
+    assert (values.max() / values.min() < 1.2) == whole

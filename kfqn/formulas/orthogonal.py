@@ -44,9 +44,8 @@ def orthogonalised(
     """Every P (*g, I, C) with its singular values brought near one another, and ‖P‖ about as it was, (M2).
 
     The groups *g are diagonal blocks of one matrix. A P with more than ``largest`` rows and columns is cut
-    into blocks of at most half as many rows, each for itself: a whole one would cost more than a pass over a
-    usual batch. Of rows, so that what multiplies P is symmetric and positive, as H_G is. Directions whose
-    squares are alike, of one type and device, are treated in one.
+    into blocks of at most half as many rows, each for itself. Of rows, so that what multiplies P is symmetric
+    and positive, as H_G is. Directions whose squares are alike, of one type and device, are treated in one.
 
     Of ``shared`` directions no block (`blocks`) may be in two processes.
     """

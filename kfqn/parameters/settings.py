@@ -18,8 +18,8 @@ _RANGES = {  # low, high, whether low itself is allowed
 _UNSET = ("clip", "max_factor_size", "momentum")  # may be None
 _WHOLE = ("history_size", "inverse_interval", "curvature_interval", "max_factor_size", "split")
 _DAMPING = 3.0  # where none is given with a fixed learning rate
-_LARGEST = 256  # rows of a block of a factor, where none are given with an automatic one,
-_NOT_CUT = 1024  # and of a factor that is not cut
+_LARGEST = 256  # rows of a block of a factor or direction, where none are given with an automatic one,
+_NOT_CUT = 1024  # and of one that is not cut
 _INTERVAL, _LONG_INTERVAL = 10, 40  # steps between those that are learnt from: of the paper's, and of ours
 _DECAY = 0.03  # of the weights, times the share that they move by, where none is given with an automatic rate
 _FLAGS = {
@@ -85,7 +85,7 @@ def resolved(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 
 def largest_block(group: Mapping[str, Any], rows: int) -> int | None:
-    """How many rows blocks of a factor of so many have at most; None where it is not cut."""
+    """`max_factor_size` of what has so many rows, or columns if fewer; None where it is not cut."""
     largest: int | None = group.get("max_factor_size")
     whole = _NOT_CUT if group.get("bounded") else largest
     return None if whole is None or rows <= whole else largest

@@ -20,7 +20,7 @@ class Direction(ABC):
 
     @abstractmethod
     def of(self, directions: Sequence[Tensor], largest: int | None, cuts: Cuts) -> Sequence[Tensor]:
-        """What takes the place of each P (*g, I, C); ``largest`` is their ``max_factor_size``.
+        """What takes the place of each P (*g, I, C); ``largest`` is their ``max_factor_size``, or None.
 
         Of a P with a cut the processes have some rows each, and all ask for the same directions.
         """
