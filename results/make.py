@@ -281,8 +281,9 @@ def compared(race: Race, key: str) -> dict[str, list[str]]:
 
 
 def name_of(standing: Result) -> str:
-    """Without settings, but for ours that has some."""
-    return entrant_of(standing.config.entrant).label
+    """Without settings, but for those of ours, which are what tells it from ours without."""
+    entrant = entrant_of(standing.config.entrant)
+    return shortened(standing.label) if entrant.automatic else entrant.label
 
 
 def verdict(race: Race) -> str:
