@@ -5,6 +5,9 @@ import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -202,6 +205,62 @@ def test_the_pointer_is_told_what_the_records_say(tmp_path):
     bands = [int(found["data-entry"]) for _, found, _ in page.all("path", class_="band")]
     assert {*bands} == {0, 2}  # Adam's seeds agree
     assert "1 diverged" in text or page.all("span", class_="faint")[0][2] == "1 diverged"
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+VISIT = """
+const $ = query => [...document.querySelectorAll(query)], seen = box => box.getClientRects().length > 0;
+const rows = box => [...box.querySelectorAll("tr")].map(row => row.innerText);
+const told = () => $(".values").filter(seen).map(rows);
+const point = (plot, share, what = "pointermove") => {
+  const {left, width} = plot.getBoundingClientRect(), clientX = left + share * width;
+  plot.dispatchEvent(new PointerEvent(what, {clientX, pointerType: "mouse"}));
+};
+const [plot] = $(".plot"), said = {fits: document.documentElement.scrollWidth <= innerWidth};
+point(plot, 2 / 3);
+said.all = told();
+$("[name=shown]")[1].click();
+point(plot, 2 / 3);
+said.without = told();
+said.curves = $("path.curve").filter(seen).map(path => path.dataset.entry);
+said.scales = [$(".scale.log").some(seen), $(".scale.linear").some(seen)];
+$("[value=linear]")[0].click();
+said.switched = [$(".scale.log").some(seen), $(".scale.linear").some(seen)];
+point(plot, 2 / 3, "pointerleave");
+said.left = told();
+$("[name=shown]")[1].click();
+point(plot, 1);
+said.end = told();
+document.title = JSON.stringify(said);
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1300])  # a window of Chromium is no narrower
+def test_in_a_browser_pointing_and_switches_do_what_they_say(tmp_path, width):
+    page = tmp_path / "race.html"
+    results = field(tmp_path)
+    text = html_of(runs_below(tmp_path), results)
+    page.write_text(text.replace("</body>", f"<script>{{{VISIT}}}</script></body>"), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [BROWSER, *options, f"--window-size={width},900", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    said = json.loads(unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    spread = "\t± 0.1" if width > 640 else ""
+    sgd, adam, kfac = f"■\tSGD-m\t0.400{spread}", "■\tAdam\t0.100", f"■\tKFAC\t0.400{spread}"
+    said["all"][0][1] = said["all"][0][1].rstrip()  # Adam's seeds agree
+    assert said["all"] == [["epoch 2", adam, sgd, kfac]]
+    assert said["without"] == [["epoch 2", sgd, kfac]]
+    assert {*said["curves"]} == {"0", "2"}
+    assert (said["scales"], said["switched"]) == ([True, False], [False, True])
+    assert said["left"] == []
+    assert [row.split("\t")[1] for row in said["end"][0][1:]] == ["SGD-m", "Adam", "KFAC"]
+    assert said["fits"]
 
 
 def test_nothing_that_finished_is_a_page_without_curves(tmp_path):

@@ -1,16 +1,19 @@
 """Who is first, from files of runs written by hand: an entrant that does not learn has no say."""
 
+import io
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 from lab import config
+from rich.console import Console
 
 from kfqn.race.report.figure import draw
 from kfqn.race.report.results import PAPER, RACE, Result, common_target, learned
 from kfqn.race.report.sentences import verdict
-from kfqn.race.report.table import rows
+from kfqn.race.report.table import print_table, rows
 from kfqn.race.runs import Run
 
 GUESSING = math.log(10)
@@ -111,3 +114,20 @@ def test_guessing_is_that_of_the_problems_classes_and_of_any_measure(tmp_path):
     assert learned([slow, quick]) == [slow, quick]
     assert learned([slow, quick, quicker]) == [quick, quicker]
     assert "moving average of the loss 3.3: after 2.00 CPU s" in verdict([slow, quick, quicker])
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_fits_a_terminal_and_breaks_no_number(fast, width):
+    long = {"settings": "lr 0.02, beta 0.95, cosine, warmup 0.05, floor 0.1", "seconds_to_target": "1234.50"}
+    table = [replace(row, quantities=("0.000462 ± 4e-05", "19.17 ± 13.90"), **long) for row in rows(fast)]
+    console = Console(width=width, file=io.StringIO())
+    print_table(table, "title", console, RACE)
+    _, *lines = map(str.rstrip, console.file.getvalue().splitlines())
+    assert max(map(len, lines)) <= width
+    for row in table:
+        (line,) = [line for line in lines if line.startswith(row.name)]
+        assert f"{row.quantities[0]}  {row.quantities[1]} " in line
+        assert line.endswith(" 1234.50")
+    heading = "".join(lines).partition(table[0].name)[0]
+    assert (" an" in heading) == (width > 80)  # seconds an epoch go first
+    assert "warm" not in heading  # nobody had one

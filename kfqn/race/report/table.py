@@ -11,6 +11,9 @@ from rich.table import Table
 from kfqn.race.problems.measures import Quantity
 from kfqn.race.report.results import Measure, Result, common_target
 
+LABEL, GAP = 24, 2  # characters that labels get, if need be in several lines, and between columns
+SPARED = (-5, -4, -2)  # seconds an epoch, epochs to the target, warm start: left out in this order
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,18 +92,32 @@ def _final(result: Result, quantity: Quantity) -> str:
     return quantity.text(curve.mean[-1], curve.error[-1] if len(result.epochs) > 1 else None)
 
 
-def columns_of(table: Sequence[Row]) -> int:
-    """How many are shown: the last tells of lost runs, if there are any."""
-    return len(table[0].cells) - all(row.lost == "–" for row in table)
+def columns_of(table: Sequence[Row]) -> list[int]:
+    """Those in which at least one row has something to say."""
+    columns = zip(*(row.cells for row in table), strict=True)
+    return [n for n, column in enumerate(columns) if {*column} != {"–"}]
 
 
 def print_table(table: Sequence[Row], title: str, console: Console, measure: Measure) -> None:
     """The table, the winner first and bold."""
     view = Table(title=title, title_justify="left", header_style="dim", box=None, pad_edge=False)
-    shown = columns_of(table)
-    for n, heading in enumerate(headings(measure).cells[:shown]):
+    heading = headings(measure).cells
+    widths = fitting(heading, table, console.width)
+    for n, width in widths.items():
         justify: Literal["left", "right"] = "left" if n == 0 else "right"
-        view.add_column(heading, justify=justify, overflow="fold")
-    for n, row in enumerate(table):
-        view.add_row(*row.cells[:shown], style="bold" if n == 0 else None)
+        view.add_column(heading[n], justify=justify, overflow="fold", width=width)
+    for place, row in enumerate(table):
+        view.add_row(*(row.cells[n] for n in widths), style="bold" if place == 0 else None)
     console.print(view)
+
+
+def fitting(heading: Sequence[str], table: Sequence[Row], room: int) -> dict[int, int]:
+    """Columns, and widths that break no number; what can be done without goes where labels get short."""
+    longest = [max(map(len, column)) for column in zip(*(row.cells for row in table), strict=True)]
+    widths = {n: max(longest[n], *map(len, heading[n].split())) for n in columns_of(table)}
+    for spared in (None, *SPARED):
+        widths.pop(len(heading) + spared if spared else -1, None)
+        left = room - sum(width + GAP for n, width in widths.items() if n)
+        if left >= min(widths[0], LABEL):
+            break
+    return widths | {0: min(widths[0], max(left, 1))}
