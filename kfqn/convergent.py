@@ -30,8 +30,9 @@ class ConvergentKFLBFGS(Kronecker):
         optimizer = kfqn.ConvergentKFLBFGS(model, lr=c)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (k + 1) ** -b)
 
+    What is not named here is as for `KFBFGS`.
+
     Args:
-        model, weight_decay, and all from decoupled_weight_decay on: as for `KFBFGS`.
         lr: the learning rate α_k.
         damping: λ; λ_A = λ_G = √λ.
         history_size: p, how many pairs (s, y) are kept; the oldest is dropped.

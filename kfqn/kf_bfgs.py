@@ -16,19 +16,27 @@ from kfqn.parts import Parts, checked_parts
 
 @final
 class KFBFGS(Kronecker):
-    r"""KF-BFGS: Kronecker-factored BFGS for networks of `Linear` and convolutional layers.
+    r"""Trains `Linear` and convolutional layers without a learning rate; with a number for it, KF-BFGS.
 
-    For every layer, with W the matrix of its weight and bias (shape ``(I, C)``), the step is
+    By default momentum is whitened by H_A = (A + λ_A I)^(−½), with A (C × C) the second moment of a layer's
+    inputs, and orthogonalised, and every layer moves by a share of the norm that it would be initialised
+    with. There is one pass a step, and between steps the model holds an average of its weights
+    (`docs/method.md`)::
+
+        optimizer = kfqn.KFBFGS(model)
+        for x, target in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+
+    With a number for ``lr``, and W the matrix of a layer's weight and bias (shape ``(I, C)``), the step is
     W ← W − α H_G D̂W H_A. H_A (C × C) follows the inverse second moment of the layer's
     inputs by Hessian-action BFGS; H_G (I × I) follows the inverse Hessian in its
     pre-activations by doubly damped BFGS, from how they and their gradients change
     between two passes over one mini-batch: Algorithm 2 of Ren and Goldfarb,
-    "Kronecker-factored Quasi-Newton Methods for Convolutional Neural Networks" (2021).
+    "Kronecker-factored Quasi-Newton Methods for Convolutional Neural Networks" (2021)::
 
-    Example::
-
-        optimizer = kfqn.KFBFGS(model)
-        optimizer.warm_start(x for x, _ in loader)  # optional
+        optimizer = kfqn.KFBFGS(model, lr=10.0, damping=30.0)
         for x, target in loader:
             loss = optimizer.step(kfqn.closure(model, x, target, F.cross_entropy))
 
@@ -37,14 +45,11 @@ class KFBFGS(Kronecker):
             in it, but would in parameters elsewhere. Its `Linear`, `Conv1d`, `Conv2d` and `Conv3d` layers,
             whose inputs have the batch first, get factors, as do subclasses that keep ``forward`` and
             Transformers' `Conv1D`; see ``others`` for what else it trains. Frozen parameters are ignored.
-        lr: the learning rate α, or "auto", which is our own method (`docs/method.md`): one pass a step, H_A
-            alone, directions that are orthogonalised (`kfqn.formulas.orthogonal`), and every layer moves by
-            the same share of a usual initialisation's norm, which falls with the steps
-            (`kfqn.steps.relative`). Between steps the model holds an average of its weights
-            (`kfqn.iterates`). ``lr`` in the group is then a factor of that share, from 1 to 0, for
-            schedulers; a warning says where it looks like a learning rate. A number is the method of the
-            paper, with ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the
-            damping and lie far above those of SGD, and too large a one ends in NaN.
+        lr: the learning rate α, or "auto", which is our own method. ``lr`` in the group is then a factor of
+            the share that layers move (`kfqn.steps.relative`), from 1 to 0, for schedulers; a warning says
+            where it looks like a learning rate. A number is the method of the paper, with
+            ``curvature_interval=1`` and ``clip=None`` to the letter: best values grow with the damping and
+            lie far above those of SGD, and too large a one ends in NaN.
         damping: λ; λ_A = λ_G = √λ is added to both factors. "auto" takes λ_A relative to each layer's A, and
             λ_G to the curvature that H_G meets (`kfqn.formulas.damping`), with ``damping`` in the group as a
             factor of both; with a number for ``lr`` it is 3. The paper's own for All-CNN-C is
@@ -63,8 +68,8 @@ class KFBFGS(Kronecker):
         clip: κ, with a number for ``lr`` an upper bound on α² Σ ⟨P, D̂W⟩ over the layers of a group, to
             which P is scaled down; None is the paper's method to the letter. With 1 even the largest learning
             rates of the paper's grid train (`docs/notebook/2026-11-24-stability-grid.md`).
-        curvature_interval: learn curvature at every so manyth step only, and take the others at the price of
-            a first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number factors learn
+        curvature_interval: learn curvature at every n-th step only, and take the others at the price of a
+            first-order step; "auto" is 10 with a number for ``lr``, else 40. With a number factors learn
             more often at first: at each of the first 20 steps, then at gaps of about a tenth of the steps so
             far; 1 is the paper's method to the letter. With an automatic rate every third gap is one step
             longer (`kfqn.steps.cadence`).
@@ -81,8 +86,7 @@ class KFBFGS(Kronecker):
         others: makes a torch optimizer of the list of trainable parameters that belong to no such layer
             (normalisation, embeddings, …), which then trains them in parameter groups of their own;
             AdamW by default, with lr 3e-3 beside an automatic rate and 1e-3 else, and SparseAdam for sparse
-            embeddings. `plan` shows what goes where,
-            and a warning says if it is most of them.
+            embeddings. `plan` shows what goes where, and a warning says if it is most of them.
         parts: parts of the method that are not to be those that ``lr`` and ``damping`` choose, from
             `kfqn.parts`; for example ``kfqn.Parts(direction=Plain())`` (`docs/parts.md`).
         process_group: the processes that train the model together; found by itself with
