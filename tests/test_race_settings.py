@@ -82,6 +82,7 @@ def test_a_word_that_is_none_of_the_choices_is_answered_with_them(paced):
             ["sweep", "--optimizers", "soup"],
             ["no optimizer with a grid is 'soup', did you mean soap? (choose"],
         ),
+        (["sweep", "--optimizers", "adam:lr=1/2"], ["adam has a grid of its own: leave 'lr=1/2' out"]),
         (["figure", 1, "--problem", "cifar10-vgg19"], ["'cifar10-vgg19', did you mean cifar10-vgg16?"]),
         (["table", 1, "--optimizers", "adamm"], ["no optimizer 'adamm', did you mean adam? (choose from"]),
     ],

@@ -166,6 +166,8 @@ def swept(text: str) -> tuple[str, Grid | None]:
         }
     if "." in name:
         raise ArgumentTypeError(f"{name} has no grid: give the values to try, as in {name}:lr=0.01/0.1")
+    if name in SWEPT and "=" in rest:
+        raise ArgumentTypeError(f"{name} has a grid of its own: leave {rest!r} out, or race single values")
     if text not in SWEPT:
         near = did_you_mean(text, SWEPT)
         raise ArgumentTypeError(
