@@ -23,13 +23,20 @@ def code_of(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def plan_of(notebook):
+    """What it says of the network, which is the same however long it is trained."""
+    (cell,) = [cell for cell in code_of(notebook) if cell.source == "print(optimizer.plan())"]
+    return cell.outputs[0].text
+
+
 def test_it_runs_and_puts_out_what_is_committed(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "1")
     monkeypatch.delenv("CIFAR_10", raising=False)
-    committed = [kinds(cell) for cell in code_of(notebook)]
+    committed, plan = [kinds(cell) for cell in code_of(notebook)], plan_of(notebook)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     assert [kinds(cell) for cell in code_of(notebook)] == committed
+    assert plan_of(notebook) == plan  # not that of an earlier version
     assert ["image/png", "text/plain"] in [kind for cell in committed for kind in cell]
 
 
