@@ -181,7 +181,7 @@ def describe(entry: Entry) -> str:
     parts = [
         f"{scale[key]} {noun}" for key, noun in (("epochs", "epochs"), ("budget", "CPU s")) if scale[key]
     ]
-    parts += [f"width {scale['width']}"]
+    parts += [f"width {scale['width']}"] if scale["width"] else []
     parts += [f"{scale['train_size']} images"] if scale["train_size"] else []
     parts += ["halving"] if entry["halving"] else []
     parts += [f"every second {', '.join(entry['coarse'])}"] if entry["coarse"] else []
