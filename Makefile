@@ -64,5 +64,5 @@ $(VENV)/installed-examples: $(VENV)/installed-dev
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed-race
-	$(PIP) -c constraints.txt --group docs
+	$(PIP) -c $(VENV)/constraints.txt --group docs
 	touch $@
