@@ -48,7 +48,8 @@ AUTOMATIC = {"lr": "auto"}
 # second pass without weight gradients is at most 0.67 of a first. (VGG16's head of 4096 × 4096 weights
 # costs no more than its products with a and Dh; hence 128 there, as 256 makes 13 %. An automatic step has one
 # pass and a direction that is orthogonalised; one in forty, that is learnt from, also makes A, of some of the
-# data: at most a fifth of SGD's step on ResNet-20, whose factors of 577 rows are whole.)
+# data: at most a fifth of SGD's step on ResNet-20, whose factors of 577 rows are whole. Directions of 512
+# outputs are whole on VGG16, a tenth of the step, which a GPT of width 384 earned back in fewer steps.)
 @pytest.mark.parametrize(
     ("make", "m", "settings", "most", "most_between"),
     [
@@ -59,7 +60,7 @@ AUTOMATIC = {"lr": "auto"}
         (lambda: all_cnn_c(10), 256, AUTOMATIC, 1.07, 1.02),
         (lambda: resnet20(10), 256, AUTOMATIC, 1.20, 1.02),
         (lambda: vgg16(10), 128, AUTOMATIC | {"max_factor_size": 128}, 1.15, 1.11),
-        (lambda: vgg16(10), 128, AUTOMATIC, 1.29, 1.23),
+        (lambda: vgg16(10), 128, AUTOMATIC, 1.46, 1.34),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else None,
 )
