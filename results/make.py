@@ -288,21 +288,15 @@ def name_of(standing: Result) -> str:
 
 def verdict(race: Race) -> str:
     """What holds of ours, and what does not, from the numbers of the table."""
-    ours, measure, target = race.ours, race.field[0].measure, common_target(race.field)
-    if ours is None:
+    measure, target = race.field[0].measure, common_target(race.field)
+    if race.ours is None:
         return ""
-    times = {"shorter than": list[str](), "not shorter than": list[str]()}
-    for s in race.field:
-        if s is not ours and math.isfinite(s.lowest):
-            own, same = to_lowest(s, ours)
-            times["shorter than" if same < own else "not shorter than"].append(name_of(s))
     leader = min(race.field, key=lambda s: s.reached(target, measure.time))
     first = f"First at {target:.3g}: {name_of(leader)}" if math.isfinite(target) else "Nobody learned"
     told = [
         ("loss" if quantity == TRAIN_LOSS else quantity.name, compared(race, quantity.key))
         for quantity in measure.quantities[:2]
     ]
-    told += [("time to the lowest loss of each", times)]
     parts = [f"*{what}* {classes(found)}" for what, found in told if found]
     hint = " One seed is a hint, not more." if race.seeds == 1 else ""
     return f"Ours: {'; '.join(parts)}. {first}.{hint}"
@@ -321,8 +315,7 @@ def machine(race: Race) -> str:
     """Where a race was run, and by what."""
     said, threads = race.conditions, race.config.threads
     parts = [said.get("device", ""), f"{threads} thread{'s' * (threads > 1)}", f"torch {said.get('torch')}"]
-    parts += [f"commit {said.get('commit')}", said.get("date", ""), said.get("note", "")]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [*parts, said.get("note", "")]))
 
 
 def wrapped(text: str) -> list[str]:
@@ -336,8 +329,9 @@ def section(race: Race, usual: str) -> list[str]:
     parts = [f"{config.epochs} epochs" if config.epochs else f"{config.budget:g} CPU seconds"]
     parts += [f"batches of {config.batch_size}", f"weight decay {config.weight_decay:g}"]
     parts += [f"{race.seeds} seed{'s' * (race.seeds > 1)}", race.conditions.get("evaluated images", "")]
-    told = f"[{race.name}](../results/{race.name}.json): {', '.join(filter(None, parts))}"
-    told += "." if machine(race) == usual else f"; {machine(race)}."
+    parts += [f"commit {race.conditions.get('commit')}", race.conditions.get("date", "")]
+    parts += [machine(race)] if machine(race) != usual else []
+    told = f"[{race.name}](../results/{race.name}.json): {', '.join(filter(None, parts))}."
     return [f"## {race.title}", "", *table(race), "", *wrapped(f"{told} {verdict(race)}"), ""]
 
 
@@ -386,13 +380,14 @@ def development() -> dict[Path, Path]:
 
 
 def pictures() -> str:
-    """README's line of pictures."""
+    """README's lines of pictures, three side by side."""
     told = []
     for file, path in development().items():
         race = read(file)
         what = race.field[0].measure.first.name
         told.append(f"![{race.title}: {what} by {race.field[0].measure.time_label}](docs/{path.name})")
-    return "\n".join(told)
+    lines = ["\n".join(told[n : n + 3]) for n in range(0, len(told), 3)]
+    return "\n\n".join(lines)
 
 
 def fingerprint(file: Path) -> str:
@@ -434,13 +429,14 @@ def draw_race(file: Path, path: Path) -> None:
 
 
 def files() -> list[Path]:
-    """All races, in the order of the problems, small ones first."""
+    """All races, those of the development set first, in the order of the problems, small ones first."""
     return sorted(FOLDER.glob("*.json"), key=_place)
 
 
-def _place(file: Path) -> tuple[int, int, str]:
+def _place(file: Path) -> tuple[bool, int, int, str]:
     config = json.loads(file.read_text(encoding="utf-8"))["config"]
-    return [*PROBLEMS].index(config["problem"]), config["train_size"] or 10**9, file.stem
+    problem = config["problem"]
+    return problem not in DEVELOPMENT, [*PROBLEMS].index(problem), config["train_size"] or 10**9, file.stem
 
 
 def documents() -> dict[Path, str]:

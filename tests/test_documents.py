@@ -70,7 +70,8 @@ def test_the_picture_of_a_race_was_drawn_from_it(file, tmp_path):
 
 
 def test_results_are_short():
-    assert len(make.PAGE.read_text(encoding="utf-8").splitlines()) <= 150
+    """About twenty lines a race, of which there are nine: a page that is still read from top to bottom."""
+    assert len(make.PAGE.read_text(encoding="utf-8").splitlines()) <= 170
 
 
 def test_the_readme_is_read_in_a_minute():
