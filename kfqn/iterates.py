@@ -1,7 +1,7 @@
 """Two sets of weights: z, which a training pass and its step see, and their average x, which all others see.
 
 Between steps the model holds x, so that whoever evaluates, saves or copies it has the average, and nobody has
-to switch anything. z is put in its place when a training pass begins (`kfqn.passes.hooks.Before`): one with
+to switch anything. z is put in its place when a training pass begins (`kfqn.lending`): one with
 gradients, of a module in training mode; x is back when the step has been taken. Where no such pass was seen
 before a step, its gradients are those of x, and there is no other.
 

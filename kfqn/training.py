@@ -13,14 +13,14 @@ from kfqn.context import StepContext
 from kfqn.curvature.damping import Shapes
 from kfqn.formulas.inputs import Inputs
 from kfqn.iterates import Iterates
+from kfqn.lending import put_hooks
 from kfqn.parameters.groups import Group, Groups, State, note
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.schedules import FactorCheck
 from kfqn.parameters.settings import largest_block
 from kfqn.parts import Chosen, Parts, chosen
-from kfqn.passes.record import LayerRecord
+from kfqn.passes.record import LayerRecord, PassSpec
 from kfqn.passes.recorder import Recorder
-from kfqn.passes.spec import PassSpec
 from kfqn.runtime.cuda_graphs import Graphs
 from kfqn.state import States
 from kfqn.steps.rule import Member, Members, StepRule
@@ -55,8 +55,9 @@ class Training:
         self.factors, self.warned = FactorCheck(), warned
         self.iterates = Iterates(groups)
         self.refresh()
+        put_hooks(self.iterates)  # before the recorder's: where a pass starts is known once z is there
         met = process_group is not None
-        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), self.iterates, met)
+        self.recorder = Recorder(groups.model, groups.layers, self.full_spec(), met)
 
     def refresh(self) -> None:
         """After groups have changed."""

@@ -16,6 +16,7 @@ MAP = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 # A module may import only what stands to the left of it; race may import everything.
 ORDER = [
     "runtime.private",
+    "runtime.module_hooks",
     "formulas.rows",
     "formulas.blocks",
     "formulas.secant",
@@ -36,11 +37,7 @@ ORDER = [
     "closures",
     "passes.replay",
     "passes.record",
-    "passes.gate",
-    "passes.spec",
-    "passes.traced",
-    "passes.eager",
-    "passes.hooks",
+    "passes.calls",
     "passes.recorder",
     "runtime.ranks",
     "runtime.cuda_graphs",
@@ -58,6 +55,7 @@ ORDER = [
     "state",
     "context",
     "iterates",
+    "lending",
     "training",
     "weights",
     "learning.queries",

@@ -16,9 +16,8 @@ from kfqn.formulas.statistics import damped_inverse, second_moment, second_momen
 from kfqn.parameters.groups import Group, State, note
 from kfqn.parameters.layers import Layer
 from kfqn.parts import Chosen
-from kfqn.passes.record import LayerRecord
+from kfqn.passes.record import LayerRecord, PassSpec, nothing_of
 from kfqn.passes.replay import Rewind, random_state, second_pass
-from kfqn.passes.spec import PassSpec, nothing_of
 from kfqn.state import full_precision, unsynchronised
 from kfqn.training import Curvature, Moments, Records, Training
 from kfqn.weights import average_weights

@@ -28,9 +28,8 @@ from kfqn.parameters.groups import Group, State
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.settings import largest_block
 from kfqn.parts import Chosen
-from kfqn.passes.record import LayerRecord
+from kfqn.passes.record import LayerRecord, PassSpec, nothing_of
 from kfqn.passes.replay import unmoved_buffers
-from kfqn.passes.spec import PassSpec, nothing_of
 from kfqn.state import full_precision
 from kfqn.steps.rule import NO_SECOND_PASS
 from kfqn.training import Curvature, Moments, Records, Training

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kfqn.learning.secants import learn_from
+from kfqn.passes.record import PassSpec
 from kfqn.passes.replay import second_pass
-from kfqn.passes.spec import PassSpec
 from kfqn.state import full_precision, unsynchronised
 from kfqn.training import Training
 

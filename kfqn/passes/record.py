@@ -1,10 +1,10 @@
-"""What passes have shown of a layer: each call of its module, and the means over the calls.
+"""What is asked of a pass, and what it has shown of a layer: each call of its module, and means over them.
 
 `kfqn.passes.recorder` fills it in.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -13,6 +13,33 @@ from torch import Tensor
 from kfqn.parameters.layers import Layer
 from kfqn.passes.replay import Rewind
 from kfqn.runtime.private import version
+
+Reduction = Callable[[Tensor], Tensor]
+InputReduction = Callable[[Tensor, Any], Any]
+
+
+@final
+@dataclass(frozen=True)
+class PassSpec:
+    """What to keep of each call: its input, and what h and Dh are reduced to.
+
+    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``; ``linear`` says
+    that it is so in the gradient, as sums over data and locations are. ``frozen`` says that no parameter
+    requires a gradient, so that graphs have to start at the pre-activations. ``reduced`` says what to keep
+    instead of a layer's input, given the input and what was kept of the first call; None says: the input.
+    """
+
+    inputs: bool
+    h: Reduction | None = None
+    Dh: Reduction | None = None
+    linear: bool = True
+    frozen: bool = False
+    reduced: Mapping[Layer, InputReduction] = field(default_factory=dict)
+
+
+def nothing_of(x: Tensor) -> Tensor:
+    """Zero, for a `PassSpec` that asks which gradients arrive, and not what they are."""
+    return x.new_zeros(())
 
 
 @final
@@ -120,15 +147,6 @@ class LayerRecord:
         datum's own loss by the whole m, and a sum over micro-batches is what a mean over data was.
         """
         return self._sum(lambda call: _known(call.Dh), self._share_of_locations)
-
-
-def has_gradient(layer: Layer) -> bool:
-    """Whether the layer has one that is not zero; waits for the device.
-
-    That of a sharded layer may be yet to come, and is here in part.
-    """
-    grad = layer.weight.grad
-    return layer.sharded or (grad is not None and bool(grad.any()))
 
 
 def _known(value: Tensor | None) -> Tensor:

@@ -1,30 +1,28 @@
-"""What forward-backward passes show of each layer: the only file that registers hooks.
+"""What forward-backward passes show of each layer, put together from its calls (`kfqn.passes.calls`).
 
-The hooks (`kfqn.passes.hooks`) stay on the modules as long as the optimizer lives, because a training loop
-of the user's own may run its first pass at any time. They hold the optimizer by a weak reference only, do
-nothing in a pickle of the model, and outside passes with gradients return at once. How a call and its
-gradient are seen differs between eager code (`kfqn.passes.eager`) and compiled code (`kfqn.passes.traced`);
-what they amount to is counted here.
+The hooks stay on the modules as long as the optimizer lives, because a training loop of the user's own may
+run its first pass at any time. `torch.compile` traces them: none breaks a graph, unless a pass is wanted
+that cannot be traced.
 """
 
 import contextlib
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfqn.parameters.layers import Layer
 from kfqn.parameters.shards import is_fully_sharded
-from kfqn.passes.hooks import After, Before, Saved
-from kfqn.passes.record import Call, LayerRecord, has_gradient
+from kfqn.passes.calls import After, Slot, reduced
+from kfqn.passes.record import Call, LayerRecord, PassSpec
 from kfqn.passes.replay import Rewind, Starts
-from kfqn.passes.spec import PassSpec
-from kfqn.passes.traced import Slot, reduced
 from kfqn.runtime import private
+from kfqn.runtime.module_hooks import Hook, handles_of
+
+_STARTS = "a second pass without a closure starts as the first did: give step a closure"
 
 
 @final
@@ -37,26 +35,16 @@ class Recorder:
 
     blind = ""  # why a layer that ran since the last step was not seen, a sentence
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, iterates: Any, met: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], first: PassSpec, met: bool) -> None:
         self.met = met  # whether it is known with which processes gradients are averaged
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
         private.have_hooks_noticed()
-        self.iterates, self._slots = iterates, dict[Layer, Slot]()
+        self._slots, self._handles = dict[Layer, Slot](), handles_of(self)
         self.starts = Starts()
         self.breaks = set[str]()  # what compiled code was broken for
-        self.handles: list[Any] = []
-        weakref.finalize(self, _remove, self.handles).atexit = False
         self.forget()
         self.record_first(first)
-        for module in model.modules():
-            sharded = is_fully_sharded(module)
-            if module is model or sharded or any(True for _ in module.parameters(recurse=False)):
-                before, saved = Before(self, whole=module is model), Saved(self)
-                before.handle = module.register_forward_pre_hook(before, prepend=sharded)  # before it gathers
-                saved.handle = module.register_state_dict_post_hook(saved)
-                self.handles += [before.handle, saved.handle]
+        _BeforeModel(self).put(self._handles, model.register_forward_pre_hook)
         self.add(layers)
 
     def add(self, layers: Sequence[Layer]) -> None:
@@ -64,10 +52,9 @@ class Recorder:
         for layer in layers:
             self._slots[layer] = Slot(self, layer)
             for module in layer.modules:
-                hook = After(self, self._slots[layer])
                 first = is_fully_sharded(module)  # before its own hook drops the parameters
-                hook.handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
-                self.handles.append(hook.handle)
+                after = After(self, self._slots[layer])
+                after.put(self._handles, module.register_forward_hook, with_kwargs=True, prepend=first)
         self._record(self.spec)
 
     def record_first(self, spec: PassSpec | None) -> None:
@@ -99,12 +86,32 @@ class Recorder:
         for slot in self._slots.values():
             slot.forget()
         self.recorded: dict[Layer, LayerRecord] = {}
-        self.aside: dict[Layer, dict[Call, None]] = {}  # whose output was differentiated for something else
         self.batch, self.arrived = 0, False
         self.starts.last = None
-        self.hidden: set[Layer] = set()  # what ran where no gradients are recorded
+        self.hidden: set[Layer] = set()  # what ran where nothing is kept of it, as without gradients
         self.empty = False  # whether a layer ran on no data
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
+
+    @contextlib.contextmanager
+    def recording(self, spec: PassSpec, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, LayerRecord]]:
+        """Record this inside the ``with`` instead, of passes that start from these states in turn.
+
+        Raises ValueError if an input was of the wrong kind.
+        """
+        outside, of_passes = self.spec, (self.recorded, self.batch, self.arrived, self.ran)
+        self.forget()
+        self.starts.repeated = [*replay]
+        self._record(spec)
+        try:
+            yield self.recorded
+            for slot in self._slots.values() if spec.Dh is None else ():
+                self.take_from(slot)
+            _check(self.recorded)
+        finally:
+            self.forget()
+            self.starts.repeated = []
+            self._record(outside)
+            self.recorded, self.batch, self.arrived, self.ran = of_passes
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def drop(self) -> None:
@@ -112,7 +119,6 @@ class Recorder:
         if self.spec is self.first:
             self.batch, self.arrived = self.next_batch, False
             self.recorded.clear()
-            self.aside.clear()
             self._gradients_are_gone()
 
     def _gradients_are_gone(self) -> None:
@@ -121,15 +127,13 @@ class Recorder:
 
     def take(self) -> dict[Layer, LayerRecord]:
         """What was seen, once. Raises ValueError if an input was of the wrong kind."""
-        for layer, calls in self.aside.items():  # a loss of derivatives alone, for the last layer
-            zero = layer.empty().new_zeros(*layer.groups, layer.rows)
-            self.count(layer, [replace(call, Dh=zero) for call in calls], late=True)
-        for layer, slot in self._slots.items():  # torch.autograd.grad, of compiled code
-            self.count(layer, [replace(call, h=None) for call in slot.seen or slot.before], late=True)
+        for layer, slot in self._slots.items():  # a gradient of derivatives alone, or by torch.autograd.grad
+            calls = [replace(call, h=None) for call in (*slot.aside, *slot.waiting)]
+            if calls and layer not in self.recorded and _has_gradient(layer):
+                self.count(layer, calls)
         seen = {layer: self.recorded[layer] for layer in self._slots if layer in self.recorded}
         self.forget()
-        for call in (call for record in seen.values() for call in record.calls if call.wrong):
-            raise ValueError(call.wrong)
+        _check(seen)
         return seen
 
     @property
@@ -154,23 +158,6 @@ class Recorder:
         """Whether one of them ran, but inside a `torch.autograd.Function` which has not shown it."""
         return any(layer in self.hidden and layer not in self.recorded for layer in layers)
 
-    @contextlib.contextmanager
-    def recording(self, spec: PassSpec, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, LayerRecord]]:
-        """Record this inside the ``with`` instead, of passes that start from these states in turn."""
-        outside, of_passes = self.spec, (self.recorded, self.batch, self.arrived, self.ran)
-        self.forget()
-        self.starts.repeated = [*replay]
-        self._record(spec)
-        try:
-            yield self.recorded
-            for slot in self._slots.values() if spec.Dh is None else ():
-                self.take_from(slot)
-        finally:
-            self.forget()
-            self.starts.repeated = []
-            self._record(outside)
-            self.recorded, self.batch, self.arrived, self.ran = of_passes
-
     def meet(self) -> None:
         """A pass through the whole model begins, maybe in several processes. Compilers trace it."""
         running = private.running_data_parallel()
@@ -186,35 +173,72 @@ class Recorder:
 
     def take_from(self, slot: Slot) -> None:
         """A gradient has come to a layer's probe, or compiled passes without gradients have ended."""
-        (calls, sums), layer = slot.take(), slot.layer
+        layer, probe, calls = slot.layer, slot.probe, slot.waiting
+        slot.seen = slot.before = ()
+        gradient, probe.grad = probe.grad, None
         if calls and layer in self.recorded and self.recorded[layer].of(self.batch):
             self.begin_batch()
         for call in calls:
             call.batch, call.start = self.batch, self.starts.last
         self.count(layer, calls)
-        if sums is None or self.spec is None or self.spec.Dh is None or layer not in self.recorded:
+        if gradient is None or self.spec is None or self.spec.Dh is None or layer not in self.recorded:
             return
-        calls, self.arrived = self.recorded[layer].of(self.batch), True
-        Dh = reduced(self.spec.Dh, layer, sums / sum(call.locations for call in calls))
-        for call in calls:  # of each its share of the locations
-            call.Dh = Dh if call.Dh is None else call.Dh + Dh
+        calls = self.recorded[layer].of(self.batch)
+        mean = layer.along_outputs(gradient)[None] / sum(call.locations for call in calls)  # as of one datum
+        self.arrive(calls, reduced(self.spec.Dh, layer, mean))  # of each its share of the locations
 
-    def count(self, layer: Layer, calls: Sequence[Call], *, late: bool = False) -> None:
-        """These calls are to be learnt from; ``late`` ones where a gradient came that was not seen."""
-        if calls and not (late and (layer in self.recorded or not has_gradient(layer))):
+    def count(self, layer: Layer, calls: Sequence[Call]) -> None:
+        """These calls are to be learnt from."""
+        if calls:
             self.recorded.setdefault(layer, LayerRecord(layer)).calls.extend(calls)
             self.ran = True
+
+    def arrive(self, calls: Iterable[Call], Dh: Tensor) -> None:
+        """This has come to each call; a closure may call backward for each part of its loss."""
+        self.arrived = True
+        for call in calls:
+            call.Dh = Dh if call.Dh is None else call.Dh + Dh
 
     def begin_batch(self) -> None:
         """Forward passes after a backward pass are of another micro-batch, or of another step."""
         if self.arrived:
             self.arrived, self.batch = False, self.batch + 1
-            dropped = not any(map(has_gradient, self.recorded))
+            dropped = not any(map(_has_gradient, self.recorded))
             moved = any(of.version != private.version(x.weight) for x, of in self.recorded.items())
             if self.spec is self.first and (dropped or moved):  # cleared, or used by another optimizer
                 self.recorded.clear()
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+@final
+class _BeforeModel(Hook):
+    """Before the forward of the whole model."""
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        recorder, compiled = self.owner(), torch.compiler.is_compiling()
+        if recorder is None or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+            return
+        recorder.ran = recorder.ran or compiled
+        if recorder.meets or not compiled:
+            recorder.meet()
+        if recorder.starts.matter:
+            _start(recorder, model, compiled)
+
+
+@torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
+def _start(recorder: Recorder, model: nn.Module, compiled: bool) -> None:
+    recorder.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
+    recorder.start(model)
+
+
+def _check(records: dict[Layer, LayerRecord]) -> None:
+    for call in (call for record in records.values() for call in record.calls if call.wrong):
+        raise ValueError(call.wrong)
+
+
+def _has_gradient(layer: Layer) -> bool:
+    """Whether the layer has one that is not zero; waits for the device.
+
+    That of a sharded layer may be yet to come, and is here in part.
+    """
+    grad = layer.weight.grad
+    return layer.sharded or (grad is not None and bool(grad.any()))

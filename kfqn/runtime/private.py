@@ -39,17 +39,18 @@ def in_backward() -> bool:
     return task is not None and bool(task() != -1)
 
 
-def is_wanted(node: Any, itself: bool) -> bool:
+def is_wanted(node: Any) -> bool:
     """Whether the running backward pass is for this node of autograd's graph.
 
-    ``itself`` is said where `torch.autograd.grad` is asked for the gradient of the leaf itself. Without it:
-    what a loss with a gradient in it differentiates on the way counts for that loss's own gradient.
+    Of `torch.autograd.grad` with respect to a leaf itself: whether that is to be its ``.grad``, and not to go
+    into the loss. Without it: what a loss with a gradient in it differentiates on the way counts for that
+    loss's own gradient.
     """
     asked = getattr(torch._C, "_will_engine_execute_node", None)
     try:
         return asked is None or bool(asked(node))
     except RuntimeError:  # torch.autograd.grad with respect to the leaf itself
-        return itself
+        return not torch.is_grad_enabled()
 
 
 def running_data_parallel() -> DistributedDataParallel | None:

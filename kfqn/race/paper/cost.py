@@ -28,9 +28,8 @@ from kfqn.learning.secants import learn_A, learn_G
 from kfqn.optimizer import Kronecker
 from kfqn.parameters.discovery import layers_of
 from kfqn.parameters.layers import Layer
-from kfqn.passes.record import LayerRecord
+from kfqn.passes.record import LayerRecord, PassSpec
 from kfqn.passes.recorder import Recorder
-from kfqn.passes.spec import PassSpec
 from kfqn.race.entrants import ENTRANTS
 from kfqn.race.timing import medians
 from kfqn.update import keep_averages, propose
@@ -151,7 +150,7 @@ def _own_layer(optimizer: torch.optim.Optimizer, model: nn.Module, n: int) -> La
 def samples(model: nn.Module, closure: Closure) -> list[Sample]:
     """What every layer sees when the closure runs."""
     layers = layers_of(model)
-    recorder = Recorder(model, layers, PassSpec(inputs=True, h=torch.clone, Dh=torch.clone), None, False)
+    recorder = Recorder(model, layers, PassSpec(inputs=True, h=torch.clone, Dh=torch.clone), met=False)
     closure()
     found = recorder.take()
     return [Sample(x, found[x], found[x].h(), found[x].Dh()) for x in layers if x in found]
