@@ -127,10 +127,12 @@ class Fisher(Curvature):
         mixed = random.Random(f"{group['seed']} {drawn}").getrandbits(32)
         generator = torch.Generator(training.groups.layers[0].weight.device).manual_seed(mixed)
         note(group, drawn=drawn + 1)
-        spec = PassSpec(inputs=inputs, Dh=second_moment_of_gradient, linear=False, frozen=True)
+        spec = PassSpec(inputs=inputs, Dh=second_moment_of_gradient, frozen=True)
+        recorder.breaks.add("left out of KFAC's sampled passes, as it shows no gradients of single data")
         with second_pass(training.groups.model, rewind), torch.enable_grad():
             with unsynchronised(recorder.data_parallel), recorder.recording(spec) as records:
-                closure.sampled(generator)
+                with torch.compiler.set_stance("force_eager"):
+                    closure.sampled(generator)
         return records
 
 

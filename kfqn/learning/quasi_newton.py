@@ -113,10 +113,11 @@ class QuasiNewton(Curvature):
     def batch_moments(self, training: Training, batch: Any) -> dict[Layer, tuple[Moments, int]]:
         model = training.groups.model
         with unmoved_buffers(model), training.recorder.recording(PassSpec(inputs=True)) as records:
-            if isinstance(batch, Closure):
-                batch.output()
-            else:
-                model(*batch if isinstance(batch, tuple | list) else (batch,))
+            with torch.compiler.set_stance("force_eager"):
+                if isinstance(batch, Closure):
+                    batch.output()
+                else:
+                    model(*batch if isinstance(batch, tuple | list) else (batch,))
         with full_precision(training.groups.layers):
             return {x: (self._moments(training, record), record.data) for x, record in records.items()}
 

@@ -25,7 +25,6 @@ _HIDES = (
     "which hides what goes through it: run the model outside of them, and take derivatives with "
     "torch.autograd.grad"
 )
-_SAMPLED = "what KFAC learns from gradients of single data cannot be traced"
 
 
 @final
@@ -35,7 +34,7 @@ class Slot:
     Of eager code ``open`` are calls whose gradients have not come, and ``aside`` those of them that were
     differentiated for something else. Of compiled code ``seen`` are calls since gradients were cleared, and
     ``before`` those before that. ``in_graph`` says whether compiled code ran the layer when something was
-    last kept of a pass.
+    last kept of a first pass.
     """
 
     def __init__(self, recorder: Any, layer: Layer) -> None:
@@ -70,6 +69,13 @@ class Slot:
         """Calls of compiled code; those before gradients were cleared only if there were none since."""
         return self.seen or self.before
 
+    def take(self) -> tuple[tuple[Call, ...], Tensor]:
+        """These calls, once, and the gradient of their probe, the sum of Dh over data and locations."""
+        calls, gradient = self.waiting, self.probe.grad
+        self.seen, self.before, self.probe.grad = (), (), None
+        assert gradient is not None
+        return calls, gradient
+
     def reduce(self, call: Call, before: Sequence[Call]) -> None:
         """Keep of a call's input what is wanted in its place, given the calls before."""
         first = before[0].reduced if before else None
@@ -92,22 +98,21 @@ class After(Hook):
             return None
         a, spec = args[0] if args else next(iter(kwargs.values())), recorder.spec
         if not torch.compiler.is_compiling():
-            slot.in_graph &= spec is None or not torch.is_grad_enabled()
             return _eager(recorder, slot, module.weight, a, h)
         if not h.numel():
             recorder.empty, recorder.ran = recorder.empty or torch.is_grad_enabled(), False
             return None
-        if spec is None or not _is_kept(spec, module.weight, h):
+        if spec is None or spec.Dh is None or not _is_kept(spec, module.weight, h):
             return None
-        if not spec.linear:
-            return _broken(recorder, slot, module.weight, a, h)
-        return private.also_where_checkpointed(_traced, spec, slot, a, h)
+        shown: Tensor = private.also_where_checkpointed(_traced, spec, slot, a, h)
+        return shown
 
 
 def _is_kept(spec: PassSpec, weight: Any, h: Tensor) -> bool:
     """Whether something is kept of a call: of passes that have gradients of weights if Dh is asked for."""
-    if spec.Dh is None or not torch.is_grad_enabled():
-        return spec.Dh is None and not torch.is_grad_enabled()
+    with_gradients = torch.is_grad_enabled()
+    if spec.Dh is None or not with_gradients:
+        return spec.Dh is None and not with_gradients
     return spec.frozen or (h.requires_grad and weight.requires_grad)
 
 
@@ -131,13 +136,11 @@ def reduced(reduction: Reduction, layer: Layer, x: Tensor) -> Tensor:
     return reduction(layer.preactivation(x).to(layer.dtype))
 
 
-def _traced(spec: PassSpec, slot: Slot, a: Tensor, h: Tensor) -> Tensor | None:
+def _traced(spec: PassSpec, slot: Slot, a: Tensor, h: Tensor) -> Tensor:
     """Of compiled code: leave in the slot what is to be kept of a call; what takes the place of ``h``."""
     layer, call = slot.layer, _call_of(spec, slot.layer, a, h)
     slot.reduce(call, slot.seen)
     slot.seen, slot.in_graph = (*slot.seen, call), True
-    if spec.Dh is None:
-        return None
     return (h.to(layer.dtype) + layer.along_outputs(slot.probe)).to(h.dtype)
 
 
@@ -148,12 +151,6 @@ def _probe_arrived(reference: weakref.ref[Slot], probe: Tensor) -> None:
     recorder = slot.recorder() if slot is not None else None
     if recorder is not None:
         recorder.take_from(slot)
-
-
-@torch.compiler.disable(reason=_SAMPLED)  # type: ignore[untyped-decorator]
-def _broken(recorder: Any, *call: Any) -> Any:
-    recorder.breaks |= {f"broken at every layer: {_SAMPLED}"}  # and not said of each
-    return _eager(recorder, *call)
 
 
 def _eager(recorder: Any, slot: Slot, weight: Any, a: Tensor, h: Tensor) -> Tensor | None:
@@ -174,15 +171,18 @@ def _eager(recorder: Any, slot: Slot, weight: Any, a: Tensor, h: Tensor) -> Tens
         recorder.hidden.add(layer)
         return None
     root, again = weight, private.in_backward()
-    if spec.frozen:
-        root = torch.zeros((), requires_grad=True)
-        h = _Rooted.apply(h, root)  # type: ignore[no-untyped-call]
+    if spec.frozen:  # the graph starts here at the latest
+        root = h.new_zeros((), requires_grad=True)
+        h = h + root
     if again and slot.open:  # checkpointing computes again what was seen
         return h
     if not again:
         recorder.begin_batch()
     call = _call_of(spec, layer, a, h)
+    if call.wrong is not None and spec is not recorder.first:
+        raise ValueError(call.wrong)
     call.batch, call.start = recorder.batch, recorder.starts.last
+    slot.in_graph &= spec is not recorder.first
     if spec.Dh is None:
         recorder.count(layer, [call])
     else:
@@ -211,21 +211,3 @@ def _arrival(recorder: Any, slot: Slot, call: Call, root: Any) -> Callable[[Tens
             slot.aside[call] = None
 
     return arrive
-
-
-@final
-class _Rooted(torch.autograd.Function):
-    """``h`` in its own memory, in a graph that starts here at the latest: at a root that gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, root: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return h.data  # not h: what comes next may overwrite it, whoever has saved h
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        return tangents[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return gradients[0], None

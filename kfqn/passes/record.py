@@ -23,16 +23,16 @@ InputReduction = Callable[[Tensor, Any], Any]
 class PassSpec:
     """What to keep of each call: its input, and what h and Dh are reduced to.
 
-    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``; ``linear`` says
-    that it is so in the gradient, as sums over data and locations are. ``frozen`` says that no parameter
-    requires a gradient, so that graphs have to start at the pre-activations. ``reduced`` says what to keep
-    instead of a layer's input, given the input and what was kept of the first call; None says: the input.
+    With ``Dh`` passes with gradients are recorded, without those under ``torch.no_grad()``. Compiled code
+    shows those with gradients, of which ``Dh`` is linear, as sums over data and locations are; others have
+    to be run in eager code. ``frozen`` says that no parameter requires a gradient, so that graphs have to
+    start at the pre-activations. ``reduced`` says what to keep instead of a layer's input, given the input
+    and what was kept of the first call; None says: the input.
     """
 
     inputs: bool
     h: Reduction | None = None
     Dh: Reduction | None = None
-    linear: bool = True
     frozen: bool = False
     reduced: Mapping[Layer, InputReduction] = field(default_factory=dict)
 

@@ -94,19 +94,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self, spec: PassSpec, replay: Sequence[Rewind] = ()) -> Iterator[dict[Layer, LayerRecord]]:
-        """Record this inside the ``with`` instead, of passes that start from these states in turn.
-
-        Raises ValueError if an input was of the wrong kind.
-        """
+        """Record this inside the ``with`` instead, of passes that start from these states in turn."""
         outside, of_passes = self.spec, (self.recorded, self.batch, self.arrived, self.ran)
         self.forget()
         self.starts.repeated = [*replay]
         self._record(spec)
         try:
             yield self.recorded
-            for slot in self._slots.values() if spec.Dh is None else ():
-                self.take_from(slot)
-            _check(self.recorded)
         finally:
             self.forget()
             self.starts.repeated = []
@@ -133,7 +127,8 @@ class Recorder:
                 self.count(layer, calls)
         seen = {layer: self.recorded[layer] for layer in self._slots if layer in self.recorded}
         self.forget()
-        _check(seen)
+        for call in (call for record in seen.values() for call in record.calls if call.wrong):
+            raise ValueError(call.wrong)
         return seen
 
     @property
@@ -166,26 +161,25 @@ class Recorder:
             for slot in self._slots.values() if not self.met else ():
                 slot.reduced = None  # what the others have seen counts too
 
-    def start(self, model: nn.Module) -> None:
+    @torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
+    def start(self, model: nn.Module, compiled: bool) -> None:
         """A pass through the whole model begins, whose start matters."""
+        self.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
         if not private.in_backward():  # there activation checkpointing of the whole model repeats one
             self.starts.begin(model, {layer.weight.device for layer in self._slots})
 
     def take_from(self, slot: Slot) -> None:
-        """A gradient has come to a layer's probe, or compiled passes without gradients have ended."""
-        layer, probe, calls = slot.layer, slot.probe, slot.waiting
-        slot.seen = slot.before = ()
-        gradient, probe.grad = probe.grad, None
-        if calls and layer in self.recorded and self.recorded[layer].of(self.batch):
+        """A gradient has come to a layer's probe."""
+        layer, (new, gradient) = slot.layer, slot.take()
+        if new and layer in self.recorded and self.recorded[layer].of(self.batch):
             self.begin_batch()
-        for call in calls:
+        for call in new:
             call.batch, call.start = self.batch, self.starts.last
-        self.count(layer, calls)
-        if gradient is None or self.spec is None or self.spec.Dh is None or layer not in self.recorded:
-            return
-        calls = self.recorded[layer].of(self.batch)
-        mean = layer.along_outputs(gradient)[None] / sum(call.locations for call in calls)  # as of one datum
-        self.arrive(calls, reduced(self.spec.Dh, layer, mean))  # of each its share of the locations
+        self.count(layer, new)
+        if self.spec is not None and self.spec.Dh is not None and layer in self.recorded:
+            calls = self.recorded[layer].of(self.batch)
+            mean = layer.along_outputs(gradient)[None] / sum(call.locations for call in calls)
+            self.arrive(calls, reduced(self.spec.Dh, layer, mean))  # as of one datum; each has its share
 
     def count(self, layer: Layer, calls: Sequence[Call]) -> None:
         """These calls are to be learnt from."""
@@ -221,18 +215,7 @@ class _BeforeModel(Hook):
         if recorder.meets or not compiled:
             recorder.meet()
         if recorder.starts.matter:
-            _start(recorder, model, compiled)
-
-
-@torch.compiler.disable(reason=_STARTS)  # type: ignore[untyped-decorator]
-def _start(recorder: Recorder, model: nn.Module, compiled: bool) -> None:
-    recorder.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
-    recorder.start(model)
-
-
-def _check(records: dict[Layer, LayerRecord]) -> None:
-    for call in (call for record in records.values() for call in record.calls if call.wrong):
-        raise ValueError(call.wrong)
+            recorder.start(model, compiled)
 
 
 def _has_gradient(layer: Layer) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -23,24 +24,15 @@ def random_state(devices: Iterable[torch.device]) -> Rewind:
     The result puts them back. Of NumPy the global state is meant, if anybody has imported it; generators of
     somebody's own are not known here.
     """
-    cpu, python = torch.get_rng_state(), random.getstate()
-    states = {
-        device: torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-        if device.type != "cpu"
-    }
+    rewinds = [partial(torch.set_rng_state, torch.get_rng_state())]
+    rewinds.append(partial(random.setstate, random.getstate()))
+    for device in (device for device in devices if device.type != "cpu"):
+        of_kind = torch.get_device_module(device)
+        rewinds.append(partial(of_kind.set_rng_state, of_kind.get_rng_state(device), device))
     numpy: Any = sys.modules.get("numpy.random")
-    of_numpy = numpy.get_state(legacy=False) if numpy is not None else None
-
-    def rewind() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        for device, state in states.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        if of_numpy is not None:
-            numpy.set_state(of_numpy)
-
-    return rewind
+    if numpy is not None:
+        rewinds.append(partial(numpy.set_state, numpy.get_state(legacy=False)))
+    return partial(_one_by_one, rewinds)
 
 
 def start_of(model: nn.Module, devices: Iterable[torch.device]) -> Rewind:
@@ -48,13 +40,12 @@ def start_of(model: nn.Module, devices: Iterable[torch.device]) -> Rewind:
 
     Queues, code books and running statistics are such buffers, which a pass moves. The result puts both back.
     """
-    rewinds = random_state(devices), buffers_of(model)
+    return partial(_one_by_one, [random_state(devices), buffers_of(model)])
 
-    def rewind() -> None:
-        for each in rewinds:
-            each()
 
-    return rewind
+def _one_by_one(rewinds: Sequence[Rewind]) -> None:
+    for rewind in rewinds:
+        rewind()
 
 
 @final
