@@ -262,9 +262,31 @@ def test_the_plan_says_what_broke_graphs(graphs):
     optimizer, compiled = kfqn.KFLBFGS(model), torch.compile(model, backend=graphs)
     loop(compiled, optimizer, x, target)
     assert "compiled code: broken before the model: a second pass without a closure" in optimizer.plan()
-    kfac = kfqn.KFAC(twin := odd_cnn(), lr=0.1, damping=1.0)
-    with_closure(torch.compile(twin, backend=graphs), kfac, x, target)
-    assert "compiled code: left out of KFAC's sampled passes" in kfac.plan()
+
+
+def warm_start(runs, data):
+    """Each optimizer by closures of its own form of the model."""
+    model, optimizer, compiled, theirs = runs
+    for net, its in ((model, optimizer), (compiled, theirs)):
+        its.warm_start(kfqn.closure(net, *batch, F.cross_entropy) for batch in data)
+
+
+def test_kfacs_sampled_passes_are_run_by_eager_code(graphs):
+    """A graph for first passes is all there is, and ``plan`` says so."""
+    runs = in_both(partial(kfqn.KFAC, lr=0.1, damping=1.0), Whole(odd_cnn()), graphs)
+    data = batches((2, 6, 6), 12)[:-1]
+    warm_start(runs, data[:2])
+    assert graphs.frame_count == 0
+    assert new(alike(runs, graphs, data)) == {1: 1}
+    assert not counters["graph_break"]
+    assert "compiled code: left out of KFAC's sampled passes" in runs[3].plan()
+
+
+def test_warm_starts_are_run_by_eager_code(graphs):
+    runs, data = in_both(kfqn.KFBFGS, Whole(odd_cnn()), graphs), batches((2, 6, 6), 6)[:-1]
+    warm_start(runs, data[:2])
+    assert graphs.frame_count == 0
+    alike(runs, graphs, data)
 
 
 def test_a_step_that_is_compiled_as_a_whole(graphs):

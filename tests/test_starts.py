@@ -208,7 +208,7 @@ def test_a_buffer_in_the_memory_of_a_parameter_is_the_parameters():
 def test_nothing_is_copied_where_no_second_pass_is_due(monkeypatch):
     """Nor, with a closure, for the single passes in it."""
     model, data, copies = Queue(), batches((5,), 130, size=4), []
-    monkeypatch.setattr("kfqn.passes.replay.start_of", lambda *_: copies.append("a pass") or (lambda: None))
+    monkeypatch.setattr("kfqn.passes.recorder.start_of", lambda *_: copies.append("a pass") or (lambda: None))
     original = kfqn.first_pass.start_of
     monkeypatch.setattr("kfqn.first_pass.start_of", lambda *args: copies.append(0) or original(*args))
     optimizer = kfqn.KFBFGS(model, lr=0.1, damping=1.0, curvature_interval=10)

@@ -181,7 +181,7 @@ def _eager(recorder: Any, slot: Slot, weight: Any, a: Tensor, h: Tensor) -> Tens
     call = _call_of(spec, layer, a, h)
     if call.wrong is not None and spec is not recorder.first:
         raise ValueError(call.wrong)
-    call.batch, call.start = recorder.batch, recorder.starts.last
+    call.batch, call.start = recorder.batch, recorder.last_start
     slot.in_graph &= spec is not recorder.first
     if spec.Dh is None:
         recorder.count(layer, [call])

@@ -18,7 +18,7 @@ from kfqn.parameters.layers import Layer
 from kfqn.parameters.shards import is_fully_sharded
 from kfqn.passes.calls import After, Slot, reduced
 from kfqn.passes.record import Call, LayerRecord, PassSpec
-from kfqn.passes.replay import Rewind, Starts
+from kfqn.passes.replay import Rewind, start_of
 from kfqn.runtime import private
 from kfqn.runtime.module_hooks import Hook, handles_of
 
@@ -40,7 +40,8 @@ class Recorder:
         self.data_parallel: DistributedDataParallel | None = None  # what the model was last run by
         private.have_hooks_noticed()
         self._slots, self._handles = dict[Layer, Slot](), handles_of(self)
-        self.starts = Starts()
+        self.repeats = list[Rewind]()  # where the passes through the model that come next are to start
+        self.passes = 0  # of those whose starts were kept
         self.breaks = set[str]()  # what compiled code was broken for
         self.forget()
         self.record_first(first)
@@ -66,7 +67,7 @@ class Recorder:
         self.spec, distributed = spec, torch.distributed
         # whether the next pass may be the first in several processes; all that compiled code asks here
         self.meets = not self.met and distributed.is_available() and distributed.is_initialized()
-        self.starts.kept = spec is not None and spec is self.first and spec.h is not None
+        self.keeps_starts = spec is not None and spec is self.first and spec.h is not None
         if spec is not None:
             for slot in self._slots.values():
                 slot.prepare(spec)
@@ -74,12 +75,12 @@ class Recorder:
     @contextlib.contextmanager
     def in_closure(self) -> Iterator[None]:
         """Passes inside are those of a closure, which is repeated as a whole."""
-        kept, self.starts.kept = self.starts.kept, False
+        kept, self.keeps_starts = self.keeps_starts, False
         self._gradients_are_gone()
         try:
             yield
         finally:
-            self.starts.kept = kept
+            self.keeps_starts = kept
 
     def forget(self) -> None:
         """Drop what was seen; graphs of before are none of ours any more."""
@@ -87,7 +88,7 @@ class Recorder:
             slot.forget()
         self.recorded: dict[Layer, LayerRecord] = {}
         self.batch, self.arrived = 0, False
-        self.starts.last = None
+        self.last_start: tuple[int, Rewind] | None = None  # of a pass through the model, and its number
         self.hidden: set[Layer] = set()  # what ran where nothing is kept of it, as without gradients
         self.empty = False  # whether a layer ran on no data
         self.ran = False  # whether a layer ran at all, also if no gradient has reached it
@@ -97,13 +98,13 @@ class Recorder:
         """Record this inside the ``with`` instead, of passes that start from these states in turn."""
         outside, of_passes = self.spec, (self.recorded, self.batch, self.arrived, self.ran)
         self.forget()
-        self.starts.repeated = [*replay]
+        self.repeats = [*replay]
         self._record(spec)
         try:
             yield self.recorded
         finally:
             self.forget()
-            self.starts.repeated = []
+            self.repeats = []
             self._record(outside)
             self.recorded, self.batch, self.arrived, self.ran = of_passes
 
@@ -165,8 +166,13 @@ class Recorder:
     def start(self, model: nn.Module, compiled: bool) -> None:
         """A pass through the whole model begins, whose start matters."""
         self.breaks |= {f"broken before the model: {_STARTS}"} if compiled else set()
-        if not private.in_backward():  # there activation checkpointing of the whole model repeats one
-            self.starts.begin(model, {layer.weight.device for layer in self._slots})
+        if private.in_backward():
+            return  # activation checkpointing of the whole model repeats a pass
+        if self.repeats:
+            self.repeats.pop(0)()
+        else:
+            devices, self.passes = {layer.weight.device for layer in self._slots}, self.passes + 1
+            self.last_start = self.passes, start_of(model, devices)
 
     def take_from(self, slot: Slot) -> None:
         """A gradient has come to a layer's probe."""
@@ -174,7 +180,7 @@ class Recorder:
         if new and layer in self.recorded and self.recorded[layer].of(self.batch):
             self.begin_batch()
         for call in new:
-            call.batch, call.start = self.batch, self.starts.last
+            call.batch, call.start = self.batch, self.last_start
         self.count(layer, new)
         if self.spec is not None and self.spec.Dh is not None and layer in self.recorded:
             calls = self.recorded[layer].of(self.batch)
@@ -214,7 +220,7 @@ class _BeforeModel(Hook):
         recorder.ran = recorder.ran or compiled
         if recorder.meets or not compiled:
             recorder.meet()
-        if recorder.starts.matter:
+        if recorder.repeats or recorder.keeps_starts:
             recorder.start(model, compiled)
 
 

@@ -5,12 +5,11 @@ they held, or the loss after a step would differ from that before it without any
 """
 
 import contextlib
-import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,29 +45,6 @@ def start_of(model: nn.Module, devices: Iterable[torch.device]) -> Rewind:
 def _one_by_one(rewinds: Sequence[Rewind]) -> None:
     for rewind in rewinds:
         rewind()
-
-
-@final
-class Starts:
-    """Where passes through the model start: without a closure, second passes repeat them in turn."""
-
-    def __init__(self) -> None:
-        self.kept = False  # whether that of the next pass is kept
-        self.repeated = list[Rewind]()  # the starts of the passes that come next
-        self.last: tuple[int, Rewind] | None = None  # that of the pass that runs, and its number
-        self._numbers = itertools.count()
-
-    @property
-    def matter(self) -> bool:
-        """Whether anything is to be kept, or put back, where the next pass starts."""
-        return self.kept or bool(self.repeated)
-
-    def begin(self, model: nn.Module, devices: Iterable[torch.device]) -> None:
-        """A pass starts."""
-        if self.repeated:
-            self.repeated.pop(0)()
-        elif self.kept:
-            self.last = next(self._numbers), start_of(model, devices)
 
 
 @contextlib.contextmanager
