@@ -171,9 +171,9 @@ def _eager(recorder: Any, slot: Slot, weight: Any, a: Tensor, h: Tensor) -> Tens
         recorder.hidden.add(layer)
         return None
     root, again = weight, private.in_backward()
-    if spec.frozen:  # the graph starts here at the latest
-        root = h.new_zeros((), requires_grad=True)
-        h = h + root
+    if spec.frozen:
+        root = torch.zeros((), requires_grad=True)
+        h = _Rooted.apply(h, root)  # type: ignore[no-untyped-call]
     if again and slot.open:  # checkpointing computes again what was seen
         return h
     if not again:
@@ -211,3 +211,21 @@ def _arrival(recorder: Any, slot: Slot, call: Call, root: Any) -> Callable[[Tens
             slot.aside[call] = None
 
     return arrive
+
+
+@final
+class _Rooted(torch.autograd.Function):
+    """``h`` in its own memory, in a graph that starts here at the latest: at a root that gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, root: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return h.data  # not h: what comes next may overwrite it, whoever has saved h
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        return tangents[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return gradients[0], None
