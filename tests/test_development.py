@@ -331,7 +331,8 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", DEVELOPMENT)
-def test_a_race_shows_what_counts_on_its_problem_first(name, tmp_path, short):
+def test_a_race_shows_what_counts_on_its_problem_first(name, tmp_path, short, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that headings are not broken
     problem = PROBLEMS[name]
     scale = ["--width", 2 * problem.heads, "--train-size", 2 * problem.batch_size, "--eval-size", 10]
     if name == "burgers":

@@ -220,7 +220,8 @@ def test_batches_and_means_are_those_of_the_data():
         assert found.test_error == pytest.approx((output.argmax(1) != target).double().mean().item())
 
 
-def test_numbers_are_compared_by_their_distance(folder):
+def test_numbers_are_compared_by_their_distance(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that headings are not broken
     x = torch.randn(7, 2)
     assert distance(x, x + 0.5).item() == pytest.approx(0.5)
     problem = (

@@ -112,11 +112,16 @@ def print_table(table: Sequence[Row], title: str, console: Console, measure: Mea
 
 
 def fitting(heading: Sequence[str], table: Sequence[Row], room: int) -> dict[int, int]:
-    """Columns, and widths that break no number; what can be done without goes where labels get short."""
+    """Columns, and widths that break no number: where there is no room headings are broken, columns left out.
+
+    Labels get what the others leave, in several lines if need be.
+    """
     longest = [max(map(len, column)) for column in zip(*(row.cells for row in table), strict=True)]
-    widths = {n: max(longest[n], *map(len, heading[n].split())) for n in columns_of(table)}
-    for spared in (None, *SPARED):
-        widths.pop(len(heading) + spared if spared else -1, None)
+    there = columns_of(table)
+    whole = {n: max(longest[n], len(heading[n])) for n in there}
+    broken = {n: max(longest[n], *map(len, heading[n].split())) for n in there}
+    spared = [{len(heading) + n for n in SPARED[:count]} for count in range(len(SPARED) + 1)]
+    for widths in (whole, *({n: broken[n] for n in there if n not in out} for out in spared)):
         left = room - sum(width + GAP for n, width in widths.items() if n)
         if left >= min(widths[0], LABEL):
             break
