@@ -49,7 +49,7 @@ AUTOMATIC = {"lr": "auto"}
 # costs no more than its products with a and Dh; hence 128 there, as 256 makes 13 %. An automatic step has one
 # pass and a direction that is orthogonalised; one in forty, that is learnt from, also makes A, of some of the
 # data: at most a fifth of SGD's step on ResNet-20, whose factors of 577 rows are whole. Directions of 512
-# outputs are whole on VGG16, a tenth of the step, which a GPT of width 384 earned back in fewer steps.)
+# outputs are whole on VGG16, a tenth of the step; a GPT of width 384 needs a tenth fewer steps for it.)
 @pytest.mark.parametrize(
     ("make", "m", "settings", "most", "most_between"),
     [
