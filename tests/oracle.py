@@ -346,10 +346,15 @@ class WithoutRate(Algorithm2):
 
     def start_from(self, inputs):
         """A of the first batch, and λ_A: a hundredth of its norm, more where it is singular."""
-        self.A = [second_moment(at) for at in inputs]
+        self.A = [second_moment(self.some(at)) for at in inputs]
         C = [len(A) for A in self.A]
         vectors = [len(at) * len(at[0]) for at in inputs]
         self.lam = [0.01 * A.norm() * max(1, c / n) for A, c, n in zip(self.A, C, vectors, strict=True)]
+
+    @staticmethod
+    def some(at):
+        """The data that A is taken of."""
+        return at[:: max(1, min(8, at.shape[:2].numel() // (10 * at.shape[-1])))]
 
     def root(self, i):
         """(A + λ_A I)^(−½), as the last two polynomials have it of singular values up to 1.8377."""
@@ -388,6 +393,5 @@ class WithoutRate(Algorithm2):
             P = math.sqrt(len(W) / 3) * self.even(g @ self.root(i))
             self.W[i] = W - rate * (self.shrinkage * W + P)
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
-            if k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
-                some = a[i][:: max(1, min(len(x), a[i].shape[:2].numel() // (10 * len(self.A[i]))))]
-                self.A[i] = 0.8 * self.A[i] + 0.2 * second_moment(some)
+            if k and k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
+                self.A[i] = 0.8 * self.A[i] + 0.2 * second_moment(self.some(a[i]))

@@ -1,11 +1,14 @@
 """The price of one step of every optimizer, in time and memory, as a ratio to torch.optim.SGD.
 
     python -m benchmarks.cost.step_time [--problems allcnn vgg16 resnet20 small] [--rounds 40] [--threads 2]
+    python -m benchmarks.cost.step_time --first 40 --problems allcnn8 allcnn48 --optimizers KF-BFGS
 
-Every optimizer trains its own copy of one network on one batch. In each round every one of them takes a
+Every optimizer trains its own copy of one network on the same batches of noise, a new one each step: one that
+is learnt by heart has gradients too small for a CPU to be quick at. In each round every one of them takes a
 step, so that a machine that slows down slows all of them; a ratio is the median over the rounds of a
 step's time over SGD's in the same round. Memory is what the allocator is asked for in one more
-step, at its peak, and what the state holds afterwards.
+step, at its peak, and what the state holds afterwards. With ``--first`` it is the first steps that are
+timed, the setting up of the state among them: a ratio is of their sums, the median of five trainings.
 
 KF-BFGS is as it comes, without settings, and its steps are filed by their kind: those in which H_A learns,
 about every 40th, or in KF-BFGS(L) with a second pass, and those without learning. "At the cadence" is what
@@ -15,9 +18,10 @@ one of the former and 39 of the latter cost in the mean.
 import argparse
 import copy
 import gc
+import itertools
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,10 +37,12 @@ from kfqn.race.problems.models import all_cnn_c, vgg16
 from kfqn.race.problems.resnet import resnet20
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
+Batch = tuple[Tensor, Tensor]
 
 OTHER_SIZE = 512  # max_factor_size beside the default, which cuts what has more than 1024 rows
 INTERVAL = 40  # the default curvature_interval
 WARM_UP = 2  # the first step sets up the state, the second warms caches
+TRAININGS = 5  # of the first steps
 *LEARNING, WITHOUT = KINDS = ("with a second pass", "with A learnt", "without learning")
 
 
@@ -61,10 +67,13 @@ OPTIMIZERS: dict[str, Make] = {
 
 PROBLEMS: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "allcnn": ("All-CNN-C", lambda: all_cnn_c(10), 256),
+    "allcnn8": ("All-CNN-C of width 8", lambda: all_cnn_c(10, width=8), 64),
+    "allcnn48": ("All-CNN-C of width 48", lambda: all_cnn_c(10, width=48), 64),
     "vgg16": ("VGG16", lambda: vgg16(10), 128),
     "resnet20": ("ResNet-20", lambda: resnet20(10), 256),
     "small": ("Sixteen small layers", lambda: small_layers(10), 4),
 }
+USUAL = ["allcnn", "vgg16", "resnet20", "small"]
 
 
 def small_layers(classes: int) -> nn.Module:
@@ -75,8 +84,9 @@ def small_layers(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> str:
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch]) -> str:
     """What kind of step it was."""
+    x, y = next(batches)
     closure = kfqn.closure(model, x, y, F.cross_entropy)
     with watched(model, optimizer) as watch:
         if type(optimizer).__module__.startswith("singd"):  # takes no closure
@@ -140,26 +150,57 @@ class Price:
     state: int
 
 
-def measure(
-    model: nn.Module, batch: int, names: list[str], rounds: int, device: torch.device
-) -> dict[str, Price]:
+@dataclass(frozen=True)
+class Training:
+    """One more step, and the optimizer that takes it."""
+
+    step: Callable[[], str]
+    optimizer: torch.optim.Optimizer
+
+
+def trainings(
+    model: nn.Module, batch: int, count: int, names: list[str], device: torch.device
+) -> dict[str, Training]:
+    """Of every optimizer that can be had here, on its own copy of the model; after ``count`` batches anew."""
     torch.manual_seed(0)
-    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    steps: dict[str, Callable[[], str]] = {}
-    optimizers = {}
+    batches = [
+        (torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device))
+        for _ in range(count)
+    ]
+    found: dict[str, Training] = {}
     for name in names:
         own = copy.deepcopy(model).to(device)
         try:
-            optimizers[name] = OPTIMIZERS[name](own)
+            optimizer = OPTIMIZERS[name](own)
         except Failure as failure:
             print(f"  {name}: {failure}")
             continue
-        steps[name] = partial(one_step, own, optimizers[name], x, y)
-    times = in_turn(steps, rounds, WARM_UP)
+        found[name] = Training(partial(one_step, own, optimizer, itertools.cycle(batches)), optimizer)
+    return found
+
+
+def measure(found: Mapping[str, Training], rounds: int, device: torch.device) -> dict[str, Price]:
+    """Steps in turn, then their memory."""
+    times = in_turn({name: training.step for name, training in found.items()}, rounds, WARM_UP)
     return {
-        name: Price(times[name], peaks_of(step, {kind for _, kind in times[name]}, device), bytes_of_state(o))
-        for (name, step), o in zip(steps.items(), optimizers.values(), strict=True)
+        name: Price(
+            times[name],
+            peaks_of(training.step, {kind for _, kind in times[name]}, device),
+            bytes_of_state(training.optimizer),
+        )
+        for name, training in found.items()
     }
+
+
+def first_steps(start: Callable[[], Mapping[str, Training]], count: int) -> dict[str, list[float]]:
+    """Seconds of the first ``count`` steps together, of several trainings; one before them warms caches."""
+    found: dict[str, list[float]] = {}
+    for training in range(1 + TRAININGS):
+        times = in_turn({name: new.step for name, new in start().items()}, count, warm_up=0)
+        for name, steps in times.items():
+            if training:
+                found.setdefault(name, []).append(sum(seconds for seconds, _ in steps))
+    return found
 
 
 def peaks_of(step: Callable[[], str], kinds: set[str], device: torch.device) -> dict[str, int]:
@@ -198,11 +239,20 @@ def show(found: Mapping[str, Price]) -> None:
             print(f"  {f'{name}: at the cadence of {INTERVAL}':<44}{'':>6}{mean:>7.2f}", flush=True)
 
 
+def show_first(found: Mapping[str, list[float]], count: int) -> None:
+    """A line for every optimizer."""
+    for name, seconds in found.items():
+        ratios = [own / of_sgd for own, of_sgd in zip(seconds, found["SGD"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        print(f"  {name}: the first {count} steps {median:.2f} × SGD ({low:.2f}–{high:.2f})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=USUAL)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--first", type=int, metavar="STEPS", help="time the first steps instead")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -212,7 +262,12 @@ def main() -> None:
     names = ["SGD", *(name for name in options.optimizers if name != "SGD")]
     for problem in options.problems:
         title, make, batch = PROBLEMS[problem]
-        found = measure(make(), batch, names, options.rounds, device)
+        start = partial(trainings, make(), batch, options.first or options.rounds, names, device)
+        if options.first:
+            print(f"\n{title}, batch {batch}")
+            show_first(first_steps(start, options.first), options.first)
+            continue
+        found = measure(start(), options.rounds, device)
         sgd = statistics.median(seconds for seconds, _ in found["SGD"].steps)
         print(f"\n{title}, batch {batch}: SGD {sgd:.4f} s a step")
         show(found)

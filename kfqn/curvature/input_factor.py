@@ -40,6 +40,10 @@ class InputFactor(ABC):
         """The shapes of what the state holds of H_A."""
 
     @abstractmethod
+    def first(self, inputs: Inputs, a: Tensor) -> Tensor:
+        """A of this input (*g, C, C), a mean over data and a sum over locations, to start from."""
+
+    @abstractmethod
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
         """What the state holds at first, given A (*g, C, C) and λ_A, a number or (*g, 1) (line 2)."""
 
@@ -79,6 +83,9 @@ class HessianActionBFGS(InputFactor):
     def shapes(self, inputs: Inputs) -> Shapes:
         return {"H_A": (*inputs.groups, inputs.columns, inputs.columns)}
 
+    def first(self, inputs: Inputs, a: Tensor) -> Tensor:
+        return second_moment(inputs, a)
+
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
         return {"H_A": inverse_factor(layer, A, lambda_A, "H_A")}
 
@@ -115,6 +122,9 @@ class BatchInverse(InputFactor):
 
     def shapes(self, inputs: Inputs) -> Shapes:
         return {"H_A": (*inputs.groups, inputs.columns, inputs.columns)}
+
+    def first(self, inputs: Inputs, a: Tensor) -> Tensor:
+        return second_moment(inputs, a)
 
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
         return {"H_A": inverse_factor(layer, A, lambda_A, "H_A")}
@@ -154,9 +164,10 @@ class BatchInverse(InputFactor):
 class AveragedRoot(InputFactor):
     """H_A = (A + λ_A I)^(−½), of A averaged over the mini-batches that are learnt from (M1).
 
-    A mini-batch's own A is taken of every n-th datum, n at most `SPARSEST`, so that there are still `ENOUGH`
-    times as many a_t as A has rows. One that is not finite is left out. ``triangles`` says that of A and of
-    H_A, which are symmetric, half the entries are kept; the norm that diagnostics tell is of these.
+    A mini-batch's own A, the first one's too, is taken of every n-th datum, n at most `SPARSEST`, so that
+    there are still `ENOUGH` times as many a_t as A has rows. One that is not finite is left out.
+    ``triangles`` says that of A and of H_A, which are symmetric, half the entries are kept; the norm that
+    diagnostics tell is of these.
     """
 
     triangles: bool = False
@@ -172,6 +183,11 @@ class AveragedRoot(InputFactor):
     def _whole(self, kept: Tensor, C: int) -> Tensor:
         return unpacked(kept, C) if self.triangles else kept
 
+    def first(self, inputs: Inputs, a: Tensor) -> Tensor:
+        vectors = len(a) * math.prod(inputs.locations(a))
+        every = max(1, min(SPARSEST, vectors // (ENOUGH * inputs.columns)))
+        return second_moment(inputs, a[::every], WRITTEN)
+
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
         return {"A": self._kept(A.clone()), "H_A": self._kept(root_factor(layer, A, lambda_A))}
 
@@ -182,9 +198,7 @@ class AveragedRoot(InputFactor):
         return mean_a  # nothing is asked with it: A itself is wanted
 
     def respond(self, inputs: Inputs, a: Tensor, s: Tensor) -> Tensor:
-        vectors = len(a) * math.prod(inputs.locations(a))
-        every = max(1, min(SPARSEST, vectors // (ENOUGH * inputs.columns)))
-        return second_moment(inputs, a[::every], WRITTEN)
+        return self.first(inputs, a)
 
     def response_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return (*inputs.groups, inputs.columns, inputs.columns)
@@ -212,6 +226,9 @@ class NoInputFactor(InputFactor):
 
     def shapes(self, inputs: Inputs) -> Shapes:
         return {}
+
+    def first(self, inputs: Inputs, a: Tensor) -> Tensor:
+        return second_moment(inputs, a)
 
     def start(self, layer: Layer, A: Tensor, lambda_A: float | Tensor) -> State:
         return {}

@@ -19,7 +19,6 @@ from kfqn.formulas.statistics import (
     mean_activation,
     mean_preactivation,
     mean_preactivation_gradient,
-    second_moment,
 )
 from kfqn.learning.queries import first_statistics, paired
 from kfqn.learning.secants import learn_from
@@ -101,9 +100,9 @@ class QuasiNewton(Curvature):
         return {"A": (*inputs.groups, inputs.columns, inputs.columns), "vectors": ()}
 
     def _moments(self, training: Training, record: LayerRecord) -> Moments:
-        """A of what was seen, or its blocks, and of how many a_t it is."""
-        inputs = training.inputs(record.layer)
-        A = record.sum(lambda call: second_moment(inputs, record.input(call)))
+        """A of what was seen, or its blocks, and how many a_t that had."""
+        inputs, factor = training.inputs(record.layer), training.of(record.layer).input
+        A = record.sum(lambda call: factor.first(inputs, record.input(call)))
         return {"A": A, "vectors": A.new_full((), record.vectors)}
 
     def first_moments(self, training: Training, records: Records, closure: Any) -> dict[Layer, Moments]:
