@@ -36,7 +36,7 @@ bench: $(VENV)/installed-peers
 	$(BIN)/python -m benchmarks.cost.calls
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache docs/_build
+	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kfqn needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

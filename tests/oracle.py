@@ -382,7 +382,7 @@ class WithoutRate(Algorithm2):
         self.last_lr = self.lr
         if not self.frozen:
             self.fall = min(1.0, (100 / self.steps) ** (1 / 3))
-        share = min(1.0, 8 / (self.steps + 7) / self.lr) if self.lr else 1.0
+        share = min(1.0, 16 / (self.steps + 15) / self.lr) if self.lr else 1.0
         for i, W in enumerate(self.W):
             pairs = zip(Dh[i].flatten(0, 1), a[i].flatten(0, 1), strict=True)
             DW = sum(torch.outer(D, v) for D, v in pairs) / len(x)

@@ -68,7 +68,7 @@ def by_hand(model, optimizer, batch):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("others", [torch.optim.AdamW, torch.optim.SGD])
 def test_x_is_the_average_of_z_and_z_goes_as_without_it(make, others):
-    """x_k = Σ_j z_j w_j/Σ w_j with w_j = j (j+1) … (j+6), which c = 8/(k+7) comes to; parameters without
+    """x_k = Σ_j z_j w_j/Σ w_j with w_j = j (j+1) … (j+14), which c = 16/(k+15) comes to; parameters without
     factors are averaged too."""
     model, data = normed(), batches((5,), 13)
     twin = copy.deepcopy(model)
@@ -79,7 +79,7 @@ def test_x_is_the_average_of_z_and_z_goes_as_without_it(make, others):
         train(model, optimizer, [batch])
         train(twin, theirs, [batch])
         path.append(held(twin))
-        weights.append(float(torch.arange(k, k + 7, dtype=torch.double).prod()))
+        weights.append(float(torch.arange(k, k + 15, dtype=torch.double).prod()))
         assert close(latest(model, optimizer), path[-1])
         shares = torch.tensor(weights) / sum(weights)
         mean = [torch.tensordot(shares, torch.stack(of), 1) for of in zip(*path, strict=True)]
@@ -131,7 +131,7 @@ def test_training_passes_see_z_and_all_others_x(make):
     assert same(seen[4], seen[3])
     optimizer.step()
     assert close(
-        held(model), [a + 8 / 13 * (b - a) for a, b in zip(x, latest(model, optimizer), strict=True)]
+        held(model), [a + 16 / 21 * (b - a) for a, b in zip(x, latest(model, optimizer), strict=True)]
     )
 
 
@@ -204,7 +204,7 @@ def test_running_statistics_are_averaged_as_the_weights_are(make, affine):
     for k, batch in enumerate(data, start=1):
         by_hand(model, optimizer, batch)
         by_hand(twin, theirs, batch)
-        share = 8 / (k + 7) if affine else 1.0
+        share = 16 / (k + 15) if affine else 1.0
         x = [a + share * (z - a) for a, z in zip(x, statistics(twin), strict=True)]
         assert close(statistics(model), x)
     assert same(statistics(model), statistics(twin)) != affine
@@ -215,7 +215,7 @@ def test_they_fit_the_averaged_weights_better_than_those_of_the_last_steps():
     averaged = latest = 0.0
     for seed in range(10):
         torch.manual_seed(seed)
-        model, data = batch_normed(), batches((5,), 60)
+        model, data = batch_normed(), batches((5,), 160)
         twin = copy.deepcopy(model)
         optimizer, theirs = kfqn.KFBFGS(model), kfqn.KFBFGS(twin, parts=LATEST)
         for batch in data:
@@ -290,7 +290,7 @@ def test_what_is_done_to_weights_between_steps_is_done_to_z_too(make, change):
     assert close(held(model), wanted)
     optimizer.step()
     moved = zip(after, latest(model, optimizer), strict=True)
-    assert close(held(model), [x + 8 / 12 * (z - x) for x, z in moved])
+    assert close(held(model), [x + 16 / 20 * (z - x) for x, z in moved])
 
 
 # --- resuming -------------------------------------------------------------------------------------------
@@ -733,12 +733,12 @@ def test_a_schedule_that_ends_at_zero_ends_with_x_at_z(make):
         train(model, optimizer, [batch])
         apart.append(max(float(state["ahead"].abs().max()) for state in optimizer.state.values()))
         schedule.step()
-    assert apart[15] > 1e-3
+    assert apart[3] > 1e-3
     assert apart[-1] == 0
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize(("lr", "share"), [(2.0, 8 / 12), (1.0, 8 / 12), (0.8, 8 / 12 / 0.8), (0.5, 1.0)])
+@pytest.mark.parametrize(("lr", "share"), [(2.0, 16 / 20), (1.0, 16 / 20), (0.9, 16 / 20 / 0.9), (0.5, 1.0)])
 def test_x_is_nearer_to_z_where_the_rate_is_lower(lr, share):
     model, data = mlp(), batches((5,), 6)
     optimizer = kfqn.KFBFGS(model)
@@ -821,10 +821,10 @@ def test_factors_that_start_anew_leave_x_and_z_where_they_are():
     optimizer.state[model[0].weight]["H_A"].fill_(float("nan"))
     train(model, optimizer, data[6:7])  # its inputs were not kept: it stays, and starts anew in the next step
     torch.testing.assert_close(latest(model, optimizer)[0], z[0])
-    torch.testing.assert_close(held(model)[0], x[0] + 8 / 14 * (z[0] - x[0]))
+    torch.testing.assert_close(held(model)[0], x[0] + 16 / 22 * (z[0] - x[0]))
     x = held(model)
     train(model, optimizer, data[7:])
     z = latest(model, optimizer)
     assert optimizer.diagnostics()["0"]["resets"] == 1
     for after, a, b in zip(held(model), x, z, strict=True):
-        torch.testing.assert_close(after, a + 8 / 15 * (b - a))
+        torch.testing.assert_close(after, a + 16 / 23 * (b - a))

@@ -37,7 +37,7 @@ class PolynomialAverage(WeightAverage):
     of training has to be known. A schedule that ends at 0 ends with x = z.
     """
 
-    power: float = 7.0
+    power: float = 15.0
     averages = True
 
     def share(self, group: Group, k: int) -> float:

@@ -59,7 +59,7 @@ def parts(settings: Settings) -> "Parts":
             RelativeSteps(share=SHARE / 2),
             RelativeSteps(share=2 * SHARE),
         ),
-        "weights": (Latest(), PolynomialAverage(), PolynomialAverage(3.0), PolynomialAverage(15.0)),
+        "weights": (Latest(), PolynomialAverage(), PolynomialAverage(7.0), PolynomialAverage(31.0)),
     }
     named = {"pairs": "curved_only"}
     chosen = {key: made[key][PARTS[key].index(settings[key])] for key in PARTS if key in settings}
