@@ -393,5 +393,5 @@ class WithoutRate(Algorithm2):
             P = math.sqrt(len(W) / 3) * self.even(g @ self.root(i))
             self.W[i] = W - rate * (self.shrinkage * W + P)
             self.x[i] = self.x[i] + share * (self.W[i] - self.x[i])
-            if k and k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
+            if k % (3 * self.interval + 1) in (0, self.interval, 2 * self.interval):
                 self.A[i] = 0.8 * self.A[i] + 0.2 * second_moment(self.some(a[i]))
